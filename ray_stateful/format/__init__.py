@@ -1,0 +1,1 @@
+"""What a checkpoint is made of, as data: names, manifest, index, boxes, checksums. No collectives, no ray."""

@@ -1,0 +1,72 @@
+"""Checksums: one per block of a chunk, one per file. xxh3-64, which runs at the speed of memory.
+
+They find damage, not forgery: whoever can write the bucket can write matching checksums too.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import xxhash
+from typing_extensions import Buffer
+
+CHECKSUM_BYTES = 8
+
+MIN_BLOCK_BYTES = 1 << 10
+MAX_BLOCK_BYTES = 1 << 16
+_BLOCKS_PER_CHUNK = 256
+
+
+def block_bytes_for(num_bytes: int) -> int:
+    """The block size for a chunk of `num_bytes`: a power of two.
+
+    A read of part of a chunk is widened to whole blocks, so blocks are small beside their chunk: some 1/256 of it,
+    or a re-sharding restore would read noticeably more than it needs. Not below 1 KiB, where the calls of the hash
+    cost more than the hashing; not above 64 KiB, so that large chunks can be read in pieces without a large waste at
+    each end.
+    """
+    wanted = max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, num_bytes // _BLOCKS_PER_CHUNK))
+    return 1 << (wanted - 1).bit_length()
+
+
+def num_blocks(num_bytes: int, block_bytes: int) -> int:
+    """How many blocks a chunk has; the last one may be short."""
+    return -(-num_bytes // block_bytes)
+
+
+def block_checksums(data: Buffer, block_bytes: int) -> bytes:
+    """The checksums of `data`, block by block, 8 bytes each, little-endian."""
+    view = memoryview(data).cast("B")
+    digest = xxhash.xxh3_64_intdigest
+    values = [digest(view[start : start + block_bytes]) for start in range(0, len(view), block_bytes)]
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+def first_bad_block(data: Buffer, block_bytes: int, expected: bytes) -> int | None:
+    """The first block of `data` whose checksum is not the one in `expected`; `None` if all agree."""
+    found = block_checksums(data, block_bytes)
+    if found == expected:
+        return None
+    for block in range(len(found) // CHECKSUM_BYTES):
+        part = slice(block * CHECKSUM_BYTES, (block + 1) * CHECKSUM_BYTES)
+        if found[part] != expected[part]:
+            return block
+    return len(found) // CHECKSUM_BYTES
+
+
+def checksum(data: Buffer) -> str:
+    """The checksum of one whole small file: 16 hex digits."""
+    return str(xxhash.xxh3_64_hexdigest(memoryview(data)))
+
+
+class RunningChecksum:
+    """The checksum of a file that passes by in pieces."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_64()
+
+    def update(self, data: Buffer) -> None:
+        self._state.update(memoryview(data))
+
+    def hexdigest(self) -> str:
+        return str(self._state.hexdigest())

@@ -1,0 +1,163 @@
+"""Boxes of integers: what part of a tensor a chunk is, and where its bytes lie. Pure; no torch.
+
+A box is `(offsets, sizes)`, one entry per tensor dim; `((), ())` is a scalar. Bytes are those of a contiguous,
+row-major tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations, islice, pairwise, product
+
+Ints = tuple[int, ...]
+
+_MAX_CUT_DIMS = 8
+_MAX_PROBLEMS = 10
+_MAX_COMPARED = 200
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Box:
+    """Part of a tensor. `offsets` and `sizes` count elements, one entry per tensor dim."""
+
+    offsets: Ints
+    sizes: Ints
+
+    def __reduce__(self) -> tuple[type[Box], tuple[Ints, Ints]]:
+        # The way dataclasses have looks up every field of every box; there is one for each row that ranks send.
+        return Box, (self.offsets, self.sizes)
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.sizes)
+
+    def relative_to(self, other: Box) -> Box:
+        """This box with its offsets counted from those of `other`."""
+        return Box(tuple(a - b for a, b in zip(self.offsets, other.offsets, strict=True)), self.sizes)
+
+
+def intersection(first: Box, second: Box) -> Box | None:
+    """What two boxes of one tensor share; `None` if that is nothing."""
+    offsets, sizes = [], []
+    for a, m, b, n in zip(first.offsets, first.sizes, second.offsets, second.sizes, strict=True):
+        start, stop = max(a, b), min(a + m, b + n)
+        if stop <= start:
+            return None
+        offsets.append(start)
+        sizes.append(stop - start)
+    return Box(tuple(offsets), tuple(sizes))
+
+
+def strides_of(sizes: Sequence[int]) -> Ints:
+    """Row-major strides, in elements."""
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def span_of(box: Box, sizes: Sequence[int]) -> tuple[int, int]:
+    """First and past-the-last element of `box` in the row-major order of a chunk of `sizes`; `(0, 0)` if empty."""
+    if box.num_elements == 0:
+        return 0, 0
+    strides = strides_of(sizes)
+    first = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
+    last = sum((o + n - 1) * s for o, n, s in zip(box.offsets, box.sizes, strides, strict=True))
+    return first, last + 1
+
+
+def split(box: Box, sizes: Sequence[int], max_span: int, max_gap: int) -> Iterator[Box]:
+    """Cut `box` of a chunk of `sizes` into boxes that are each worth reading as one span of elements.
+
+    Args:
+        max_span: Elements a span may have; a single row of it may be cut as well.
+        max_gap: Elements between two runs of the box that are still read along rather than left out.
+    """
+    if box.num_elements == 0:
+        return
+    pending = [box]
+    while pending:
+        part = pending.pop()
+        first, stop = span_of(part, sizes)
+        wide = next((dim for dim, size in enumerate(part.sizes) if size > 1), None)
+        if wide is None or (stop - first <= max_span and _largest_gap(part, sizes) <= max_gap):
+            yield part
+            continue
+        half = part.sizes[wide] // 2
+        pending.append(_cut(part, wide, half, part.sizes[wide]))
+        pending.append(_cut(part, wide, 0, half))
+
+
+def coverage_problems(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
+    """Why `boxes` are not an exact tiling of a tensor of `shape`; empty if they are.
+
+    Whether they are takes time in proportion to their number, whatever they are: they may be a stranger's.
+    """
+    outside = (f"{_text(box)} is outside of shape {tuple(shape)}" for box in boxes if not _inside(shape, box))
+    problems = list(islice(outside, _MAX_PROBLEMS))
+    if problems:
+        return problems
+    solid = [box for box in boxes if box.num_elements > 0]
+    cut = [dim for dim, size in enumerate(shape) if any(box.sizes[dim] != size for box in solid)]
+    if len(cut) > _MAX_CUT_DIMS:
+        return [f"shape {tuple(shape)} is cut along {len(cut)} dims; no mesh has more than {_MAX_CUT_DIMS}"]
+    covered, volume = sum(box.num_elements for box in solid), math.prod(shape)
+    if covered == volume and _is_tiling(shape, solid, cut):
+        return []
+    overlaps = islice(_overlaps(solid, cut), _MAX_PROBLEMS)
+    problems = list(dict.fromkeys(f"{_text(a)} and {_text(b)} overlap" for a, b in overlaps))
+    return problems or [f"chunks hold {covered:,} of {volume:,} elements of shape {tuple(shape)}"]
+
+
+def _is_tiling(shape: Sequence[int], boxes: Sequence[Box], cut: Sequence[int]) -> bool:
+    """Whether boxes within `shape` hold each of its elements exactly once; `cut` are the dims that any of them cuts.
+
+    Each box is the sum of quadrants, one from each of its corners to infinity, with a sign; and quadrants are
+    independent of each other. So the boxes make up the tensor if, and only if, their corners add up to its own.
+    """
+    corners: Counter[Ints] = Counter()
+    whole = [Box((0,) * len(shape), tuple(shape))] if math.prod(shape) else []
+    for sign, group in ((1, boxes), (-1, whole)):
+        for box in group:
+            for upper in product((0, 1), repeat=len(cut)):
+                corner = tuple(box.offsets[d] + u * box.sizes[d] for d, u in zip(cut, upper, strict=True))
+                corners[corner] += -sign if sum(upper) % 2 else sign
+    return not any(corners.values())
+
+
+def _overlaps(boxes: Sequence[Box], cut: Sequence[int]) -> Iterator[tuple[Box, Box]]:
+    """Pairs that overlap, for the message; among so many boxes as can be compared in a moment."""
+    ordered = sorted(boxes, key=lambda box: ([box.offsets[dim] for dim in cut], box.sizes))
+    # Neighbours first: where shards overlap, it is mostly those.
+    pairs = chain(pairwise(ordered), combinations(ordered[:_MAX_COMPARED], 2))
+    yield from (pair for pair in pairs if intersection(*pair) is not None)
+
+
+def _inside(shape: Sequence[int], box: Box) -> bool:
+    if len(box.offsets) != len(shape) or len(box.sizes) != len(shape):
+        return False
+    return all(o >= 0 and n >= 0 and o + n <= size for o, n, size in zip(box.offsets, box.sizes, shape, strict=True))
+
+
+def _largest_gap(box: Box, sizes: Sequence[int]) -> int:
+    """Elements between the end of one contiguous run of `box` and the start of the next, at its widest."""
+    strides = strides_of(sizes)
+    gap, run = 0, 1
+    for size, stride in zip(reversed(box.sizes), reversed(strides), strict=True):
+        if size > 1:
+            gap = max(gap, stride - run)
+            run = (size - 1) * stride + run
+    return gap
+
+
+def _cut(box: Box, dim: int, start: int, stop: int) -> Box:
+    offsets = (*box.offsets[:dim], box.offsets[dim] + start, *box.offsets[dim + 1 :])
+    return Box(offsets, (*box.sizes[:dim], stop - start, *box.sizes[dim + 1 :]))
+
+
+def _text(box: Box) -> str:
+    return f"chunk at {box.offsets} of sizes {box.sizes}"

@@ -1,0 +1,319 @@
+"""The index: one row per stored chunk, as an Arrow stream.
+
+Everything a restore needs to know before it reads tensor bytes: which boxes of which tensors are where in which file,
+and the checksums of their blocks; and the values that are not tensors, in full. Arrow columns are data: reading them
+runs nothing, and (stored uncompressed) no column is larger in memory than the file is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from ray_stateful.errors import HostileCheckpoint
+from ray_stateful.format.arrow_guard import refuse_compressed
+from ray_stateful.format.checksums import CHECKSUM_BYTES, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, num_blocks
+from ray_stateful.format.chunks import Box
+from ray_stateful.format.dtypes import ITEM_BYTES
+from ray_stateful.format.layout import is_item_file
+from ray_stateful.format.strict_json import strict_json
+
+
+class IntKey(int):
+    """A step of a path that is a dict's key, where a plain int is a position in a list."""
+
+
+KeyPath = tuple[str | int, ...]
+
+MAX_DIMS = 64
+MAX_PATH_LENGTH = 64
+MAX_REPEATED_BYTES = 16 << 20
+_MIN_ROW_BYTES = 64  # the fixed-width part of a row: three sizes, three offsets of lists, of texts and of entries
+MAX_POSITION = 1 << 20  # in a list; a list is filled up to a position, so one from a file must be bounded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredChunk:
+    """One row of the index: a box of one tensor, or a value that is not a tensor, and where its bytes are.
+
+    `key` is the flat name, `path` the dict keys and list positions it was flattened from. A value has `value`, its
+    JSON, and no `dtype`; its bytes in `file` are what `torch.save` made of it, there for stock tools. For a tensor,
+    `data_offset` counts from the beginning of the file to the first byte of its elements, which are contiguous and
+    row-major; `checksums` has 8 bytes for every `block_bytes` of them.
+
+    A tree is a value with no `file`: a dict or list without tensors in it, whole. DCP flattens it into an entry a
+    leaf, which loses that a key was an int or a dict was a Counter; the tree keeps it, and stands for all entries
+    below its path.
+    """
+
+    key: str
+    path: KeyPath
+    dtype: str | None
+    shape: tuple[int, ...]
+    box: Box
+    file: str
+    item_offset: int
+    item_length: int
+    data_offset: int
+    block_bytes: int
+    checksums: bytes
+    value: str | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., StoredChunk], tuple[Any, ...]]:
+        # As for `Box`: gathering the rows was a third of what a save of many small tensors computes.
+        fields = (self.key, self.path, self.dtype, self.shape, self.box, self.file)
+        place = (self.item_offset, self.item_length, self.data_offset, self.block_bytes)
+        return _pickled_chunk, (*fields, *place, self.checksums, self.value)
+
+    @property
+    def is_tree(self) -> bool:
+        return not self.file
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements (of the stored copy, for a value)."""
+        return self.item_length if self.dtype is None else self.box.num_elements * ITEM_BYTES[self.dtype]
+
+
+def _pickled_chunk(
+    key: str,
+    path: KeyPath,
+    dtype: str | None,
+    shape: tuple[int, ...],
+    box: Box,
+    file: str,
+    item_offset: int,
+    item_length: int,
+    data_offset: int,
+    block_bytes: int,
+    checksums: bytes,
+    value: str | None,
+) -> StoredChunk:
+    """What a pickled row is made by: `StoredChunk` takes its fields by name only."""
+    return StoredChunk(
+        key=key,
+        path=path,
+        dtype=dtype,
+        shape=shape,
+        box=box,
+        file=file,
+        item_offset=item_offset,
+        item_length=item_length,
+        data_offset=data_offset,
+        block_bytes=block_bytes,
+        checksums=checksums,
+        value=value,
+    )
+
+
+def tree_row(path: KeyPath, value: str) -> StoredChunk:
+    """The row of a tree: `value` is its JSON."""
+    return StoredChunk(
+        key=".".join(map(str, path)),
+        path=path,
+        dtype=None,
+        shape=(),
+        box=Box((), ()),
+        file="",
+        item_offset=0,
+        item_length=0,
+        data_offset=0,
+        block_bytes=0,
+        checksums=b"",
+        value=value,
+    )
+
+
+_INTS = pa.list_(pa.int64())
+_NAME = pa.dictionary(pa.int32(), pa.string())
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("dtype", _NAME),
+        pa.field("shape", _INTS, nullable=False),
+        pa.field("offsets", _INTS, nullable=False),
+        pa.field("sizes", _INTS, nullable=False),
+        pa.field("file", _NAME, nullable=False),
+        pa.field("item_offset", pa.int64(), nullable=False),
+        pa.field("item_length", pa.int64(), nullable=False),
+        pa.field("data_offset", pa.int64(), nullable=False),
+        pa.field("block_bytes", pa.int32(), nullable=False),
+        pa.field("checksums", pa.binary(), nullable=False),
+        pa.field("value", _NAME),
+    ]
+)
+
+
+def to_bytes(rows: Sequence[StoredChunk]) -> bytes:
+    """The index file of `rows`, which are put in the order of key and offsets."""
+    rows = sorted(rows, key=lambda row: (row.key, row.box.offsets))
+    columns: dict[str, list[Any]] = {
+        "key": [row.key for row in rows],
+        "path": [_path_to_json(row.path) for row in rows],
+        "dtype": [row.dtype for row in rows],
+        "shape": [row.shape for row in rows],
+        "offsets": [row.box.offsets for row in rows],
+        "sizes": [row.box.sizes for row in rows],
+        "file": [row.file for row in rows],
+        "item_offset": [row.item_offset for row in rows],
+        "item_length": [row.item_length for row in rows],
+        "data_offset": [row.data_offset for row in rows],
+        "block_bytes": [row.block_bytes for row in rows],
+        "checksums": [row.checksums for row in rows],
+        "value": [row.value for row in rows],
+    }
+    arrays = [pa.array(columns[field.name], type=field.type) for field in SCHEMA]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, SCHEMA) as writer:
+        writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]  # pyarrow is untyped
+
+
+def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[StoredChunk]:
+    """The rows of an index file, each checked against `file_sizes` (of the manifest) and itself.
+
+    Raises:
+        HostileCheckpoint: the file is not an index, or a row asks for something outside of the checkpoint's files.
+    """
+    try:
+        refuse_compressed(data)
+        with pa.ipc.open_stream(data) as reader:
+            if not reader.schema.equals(SCHEMA, check_metadata=True):
+                raise HostileCheckpoint(where, f"its columns are not those of format 1: {reader.schema.names}")
+            table = reader.read_all()
+        table.validate(full=True)
+        if table.num_rows * _MIN_ROW_BYTES > len(data):
+            # Buffers of several columns may be the same bytes of the file; rows as Python objects are not.
+            raise HostileCheckpoint(where, f"{table.num_rows:,} rows in {len(data):,} bytes")
+        if any(_has_nulls(table.column(field.name)) for field in SCHEMA if not field.nullable):
+            raise HostileCheckpoint(where, "nothing stands where something must")
+        columns = {field.name: _values_of(table.column(field.name)) for field in SCHEMA}
+    except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
+        raise HostileCheckpoint(where, f"not an index: {error}") from error
+    rows = [_row(columns, n, where) for n in range(table.num_rows)]
+    values = sum(len(row.value) for row in rows if row.value is not None)
+    if values > MAX_REPEATED_BYTES + len(data):
+        # Each row's value is decoded by itself, however often the file repeats one by reference.
+        raise HostileCheckpoint(where, f"values of {values:,} bytes in an index of {len(data):,}")
+    seen: dict[tuple[str, bool, tuple[int, ...]], StoredChunk] = {}
+    for row in rows:
+        _check(row, where, file_sizes)
+        first = seen.setdefault((row.key, row.is_tree, row.box.offsets), row)
+        if first is not row:
+            raise HostileCheckpoint(where, f"{row.key!r} at {row.box.offsets} stands there twice")
+    return rows
+
+
+def _row(columns: dict[str, list[Any]], n: int, where: str) -> StoredChunk:
+    return StoredChunk(
+        key=columns["key"][n],
+        path=_path_from_json(columns["path"][n], f"{where}: row {n}"),
+        dtype=columns["dtype"][n],
+        shape=tuple(columns["shape"][n]),
+        box=Box(tuple(columns["offsets"][n]), tuple(columns["sizes"][n])),
+        file=columns["file"][n],
+        item_offset=columns["item_offset"][n],
+        item_length=columns["item_length"][n],
+        data_offset=columns["data_offset"][n],
+        block_bytes=columns["block_bytes"][n],
+        checksums=columns["checksums"][n],
+        value=columns["value"][n],
+    )
+
+
+def _has_nulls(column: pa.ChunkedArray) -> bool:
+    # That a field is not nullable is said by the schema, and held by nobody.
+    return any(part.null_count or (pa.types.is_list(part.type) and part.flatten().null_count) for part in column.chunks)
+
+
+def _values_of(column: pa.ChunkedArray) -> list[Any]:
+    """A column as Python objects; an entry of a dictionary is one object, however often it is referred to."""
+    found: list[Any] = []
+    for part in column.chunks:
+        if isinstance(part, pa.DictionaryArray):
+            entries = part.dictionary.to_pylist()
+            found += [None if at is None else entries[at] for at in part.indices.to_pylist()]
+        else:
+            found += part.to_pylist()
+    return found
+
+
+def _path_to_json(path: KeyPath) -> str:
+    return json.dumps([[int(step)] if isinstance(step, IntKey) else step for step in path])
+
+
+def _path_from_json(text: str, where: str) -> KeyPath:
+    try:
+        steps = strict_json(text)
+    except ValueError as error:
+        raise HostileCheckpoint(where, f"its path can't be read: {error}") from error
+    if not isinstance(steps, list) or len(steps) > MAX_PATH_LENGTH:
+        raise HostileCheckpoint(where, "its path is not a short list")
+    path: list[str | int] = []
+    for step in steps:
+        if type(step) is str or (type(step) is int and 0 <= step < MAX_POSITION):
+            path.append(step)
+        elif type(step) is list and len(step) == 1 and type(step[0]) is int:
+            path.append(IntKey(step[0]))
+        else:
+            raise HostileCheckpoint(where, f"its path has a step of type {type(step).__name__}, or out of bounds")
+    return tuple(path)
+
+
+def _check(row: StoredChunk, where: str, file_sizes: dict[str, int]) -> None:
+    """Refuse a row that no writer of ours makes, before a byte is allocated or read because of it."""
+    problem = _problem(row, file_sizes)
+    if problem is not None:
+        raise HostileCheckpoint(where, f"{row.key!r}: {problem}")
+
+
+def _problem(row: StoredChunk, file_sizes: dict[str, int]) -> str | None:
+    if not row.path or ".".join(map(str, row.path)) != row.key:
+        return f"its path {row.path} is not its key"
+    if row.is_tree:
+        return None if row == tree_row(row.path, row.value or "") else "a tree with more than a path and a value"
+    if not is_item_file(row.file) or row.file not in file_sizes:
+        return f"file {row.file!r} is not a file of this checkpoint"
+    if row.item_offset < 0 or row.item_length < 0 or row.item_offset + row.item_length > file_sizes[row.file]:
+        return f"bytes {row.item_offset}+{row.item_length} are not within {row.file!r}"
+    if row.dtype is None:
+        return _value_problem(row)
+    if row.dtype not in ITEM_BYTES:
+        return f"unknown dtype {row.dtype!r}"
+    if row.value is not None:
+        return "a tensor with a value"
+    if len(row.shape) > MAX_DIMS or not len(row.shape) == len(row.box.offsets) == len(row.box.sizes):
+        return f"shape {row.shape}, offsets {row.box.offsets} and sizes {row.box.sizes} do not match"
+    # Also where a size is 0: strides multiply the others.
+    if any(size < 0 for size in row.shape) or math.prod(max(size, 1) for size in row.shape) * 16 > 2**62:
+        return f"shape {row.shape} is absurd"
+    if any(
+        o < 0 or n < 0 or o + n > size for o, n, size in zip(row.box.offsets, row.box.sizes, row.shape, strict=True)
+    ):
+        return f"chunk at {row.box.offsets} of sizes {row.box.sizes} is outside of shape {row.shape}"
+    stop = row.data_offset + row.num_bytes
+    if not row.item_offset <= row.data_offset <= stop <= row.item_offset + row.item_length:
+        return f"data at {row.data_offset} of {row.num_bytes} bytes is outside of its item"
+    return _block_problem(row)
+
+
+def _value_problem(row: StoredChunk) -> str | None:
+    if row.value is None:
+        return "neither a tensor nor a value"
+    if row.shape or row.box.offsets or row.box.sizes or row.data_offset != row.item_offset:
+        return "a value with a shape"
+    return _block_problem(row)
+
+
+def _block_problem(row: StoredChunk) -> str | None:
+    if not MIN_BLOCK_BYTES <= row.block_bytes <= MAX_BLOCK_BYTES or row.block_bytes & (row.block_bytes - 1):
+        return f"blocks of {row.block_bytes} bytes"
+    if len(row.checksums) != CHECKSUM_BYTES * num_blocks(row.num_bytes, row.block_bytes):
+        return f"{len(row.checksums)} bytes of checksums for {row.num_bytes} bytes in blocks of {row.block_bytes}"
+    return None

@@ -1,0 +1,223 @@
+"""Checkpoints that stock `dcp.save` wrote: no manifest, no checksums, values as pickles.
+
+Their items are zip archives of `torch.save`. Tensors and values alike are read whole and opened with
+`weights_only=True`, which builds tensors and plain containers and runs nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import posixpath
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from ray_stateful.errors import HostileCheckpoint
+from ray_stateful.format.chunks import Box
+from ray_stateful.format.dtypes import ITEM_BYTES
+from ray_stateful.format.index import MAX_DIMS, IntKey, KeyPath, StoredChunk
+from ray_stateful.storage.base import Storage
+from ray_stateful.storage.dcp_metadata import StorageInfo, is_index
+from ray_stateful.storage.pickle_folds import folding_problem
+from ray_stateful.storage.reading import ReadStatistics, Request, read_exactly
+
+# What torch.save adds to the bytes of one tensor is some 2 KiB; a view is saved with its whole storage by some.
+MAX_ENVELOPE_BYTES = 1 << 20
+MAX_VALUE_BYTES = 1 << 30
+
+_MEMBER_HEADER_BYTES = 30
+_END_OF_DIRECTORY, _END_BYTES = b"PK\x05\x06", 22
+
+
+def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[StoredChunk]:
+    """The rows that an index of a foreign checkpoint would have, without checksums, each checked.
+
+    Raises:
+        HostileCheckpoint: the metadata names files outside of the checkpoint, or tensors no file could hold.
+    """
+    stored = metadata.storage_data
+    if type(stored) is not dict:
+        raise HostileCheckpoint(where, "says nothing of where its items are")
+    paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    found: list[StoredChunk] = []
+    places: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
+    for item, info in stored.items():
+        try:
+            found.append(_row(metadata, item, info, paths, places))
+        # The types are DCP's; what is in their fields is anybody's.
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise HostileCheckpoint(where, f"an entry can't be read: {type(error).__name__}: {error}") from error
+        problem = _problem(found[-1], sizes)
+        if problem is not None:
+            raise HostileCheckpoint(where, f"{found[-1].key!r}: {problem}")
+    missing = metadata.state_dict_metadata.keys() - {row.key for row in found}
+    if missing:
+        raise HostileCheckpoint(where, f"{len(missing)} entries are nowhere stored, {min(missing)!r} among them")
+    return found
+
+
+def read(storage: Storage, path: str, requests: Iterable[Request]) -> ReadStatistics:
+    """Fill tensors from foreign items, each read whole.
+
+    Raises:
+        DamagedCheckpoint: an item is cut short.
+        HostileCheckpoint: an item is not the tensor the metadata says.
+    """
+    statistics = ReadStatistics()
+    for request in requests:
+        chunk = request.chunk
+        tensor = load_item(storage, path, chunk)
+        if not _is_plain(tensor, chunk):
+            raise HostileCheckpoint(
+                posixpath.join(path, chunk.file), f"{chunk.key!r} is not a {chunk.dtype} tensor of {chunk.box.sizes}"
+            )
+        for dim, (offset, size) in enumerate(zip(request.box.offsets, request.box.sizes, strict=True)):
+            tensor = tensor.narrow(dim, offset, size)
+        request.into.detach().copy_(tensor)
+        wanted = request.into.numel() * request.into.element_size()
+        statistics += ReadStatistics(chunk.item_length, wanted, 1)
+    return statistics
+
+
+def load_item(storage: Storage, path: str, chunk: StoredChunk) -> Any:
+    """One foreign item, opened with `weights_only=True`."""
+    data = read_exactly(storage, path, chunk.file, chunk.item_offset, chunk.item_offset + chunk.item_length)
+    where = posixpath.join(path, chunk.file)
+    problem = _archive_problem(data)
+    if problem is not None:
+        raise HostileCheckpoint(where, f"{chunk.key!r} is not what torch.save makes: {problem}")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    # torch.load wraps whatever its unpickler met in these; the cause is chained.
+    except Exception as error:
+        # Of its message only what it met: the rest recommends to load the file with `weights_only=False`.
+        lines = [line.strip() for line in str(error).splitlines() if "WeightsUnpickler" in line]
+        met = lines[0] if lines else type(error).__name__
+        raise HostileCheckpoint(where, f"{chunk.key!r} can't be opened without running its code: {met}") from error
+
+
+def _is_plain(tensor: Any, chunk: StoredChunk) -> bool:
+    """Whether `tensor` is the chunk: its elements there and dense, and of its dtype, or copying would cast silently."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and str(tensor.dtype).removeprefix("torch.") == chunk.dtype
+        and tuple(tensor.shape) == chunk.box.sizes
+    )
+
+
+def _archive_problem(data: bytes) -> str | None:
+    """What of a zip archive torch.save never does: deflated or overlapping members, which would inflate in memory."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+            pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
+            problem = _members_problem(members, len(data))
+            problem = problem or next(filter(None, (folding_problem(archive.read(name)) for name in pickles)), None)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        return str(error)
+    if problem is not None:
+        return problem
+    # Two directories may each be found by one reader, and say different things.
+    if data.count(_END_OF_DIRECTORY) != 1 and data.rfind(_END_OF_DIRECTORY) != len(data) - _END_BYTES:
+        return "it does not end with its directory"
+    return None
+
+
+def _members_problem(members: list[zipfile.ZipInfo], num_bytes: int) -> str | None:
+    for member, following in zip(members, [*members[1:], None], strict=True):
+        end = num_bytes if following is None else following.header_offset
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            return f"{member.filename!r} is compressed"
+        if member.header_offset + _MEMBER_HEADER_BYTES + member.file_size > end:
+            return f"{member.filename!r} does not lie where it is said to"
+    return None
+
+
+def _row(
+    metadata: Metadata,
+    item: Any,
+    info: Any,
+    paths: Mapping[Any, Any],
+    places: dict[str, dict[tuple[int, ...], tuple[int, ...]]],
+) -> StoredChunk:
+    if not is_index(item) or type(info) is not StorageInfo:
+        raise TypeError("it is not the place of a chunk")
+    if info.transform_descriptors:
+        raise TypeError(f"{item.fqn} is stored transformed, which is not supported")
+    key, entry = item.fqn, metadata.state_dict_metadata[item.fqn]
+    place = {
+        "key": key,
+        "path": _path(key, paths.get(key)),
+        "file": info.relative_path,
+        "item_offset": info.offset,
+        "item_length": info.length,
+        "data_offset": -1,
+        "block_bytes": 0,
+        "checksums": b"",
+    }
+    if isinstance(entry, BytesStorageMetadata):
+        return StoredChunk(dtype=None, shape=(), box=Box((), ()), **place)
+    if not isinstance(entry, TensorStorageMetadata):
+        raise TypeError(f"{key} is neither a tensor nor bytes")
+    shape, dtype = _ints(entry.size), entry.properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{key} has a {type(dtype).__name__} for a dtype")
+    offsets = _ints(item.offset) if item.offset is not None else (0,) * len(shape)
+    # Once for each entry and not for each chunk of it: that would take time that grows with their square.
+    if key not in places:
+        places[key] = {_ints(c.offsets): _ints(c.sizes) for c in entry.chunks}
+    sizes = places[key]
+    return StoredChunk(
+        dtype=str(dtype).removeprefix("torch."),
+        shape=shape,
+        box=Box(offsets, sizes[offsets]),
+        **place,
+    )
+
+
+def _ints(numbers: Any) -> tuple[int, ...]:
+    """A shape or a place in one, looked at before it is hashed, compared or printed."""
+    if type(numbers) not in (torch.Size, list, tuple) or len(numbers) > MAX_DIMS:
+        raise TypeError(f"a {type(numbers).__name__} is no short list of numbers")
+    if any(type(number) is not int for number in numbers):
+        raise TypeError("a shape is of numbers")
+    return tuple(numbers)
+
+
+def _path(key: Any, path: Any) -> KeyPath:
+    """The path DCP's planner left; the key itself where there is none, or where it does not spell the key."""
+    steps = tuple(path) if isinstance(path, tuple | list) else ()
+    if not steps or any(type(s) not in (str, int, IntKey) for s in steps) or ".".join(map(str, steps)) != key:
+        return (key,)
+    return steps
+
+
+def _problem(row: StoredChunk, sizes: Mapping[str, int]) -> str | None:
+    if type(row.key) is not str or type(row.file) is not str:
+        return "its name or file is not a string"
+    if row.file not in sizes:
+        return f"file {row.file!r} is not in the checkpoint's directory"
+    if type(row.item_offset) is not int or type(row.item_length) is not int:
+        return "offset and length are not integers"
+    if row.item_offset < 0 or row.item_length < 0 or row.item_offset + row.item_length > sizes[row.file]:
+        return f"bytes {row.item_offset}+{row.item_length} are not within {row.file!r}"
+    if row.dtype is None:
+        return None if row.item_length <= MAX_VALUE_BYTES else f"a value of {row.item_length:,} bytes"
+    if row.dtype not in ITEM_BYTES:
+        return f"unknown dtype {row.dtype!r}"
+    numbers = (*row.shape, *row.box.offsets, *row.box.sizes)
+    if len(row.shape) > MAX_DIMS or any(type(n) is not int or n < 0 for n in numbers):
+        return f"shape {row.shape} or chunk {row.box} is absurd"
+    num_bytes = math.prod(row.box.sizes) * ITEM_BYTES[row.dtype]
+    if row.item_length > 2 * num_bytes + MAX_ENVELOPE_BYTES:
+        return f"{row.item_length:,} bytes for a chunk of sizes {row.box.sizes}"
+    if num_bytes > row.item_length:
+        return f"{row.item_length} bytes can't hold a chunk of sizes {row.box.sizes}"
+    return None

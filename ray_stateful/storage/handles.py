@@ -1,0 +1,63 @@
+"""Open files, kept: one per path, however many threads read it, and not too many.
+
+Opening a file of an object store asks for its size; a restore that opened it for every range would pay for twice the
+requests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+MAX_HANDLES = 64
+
+
+class Handles:
+    """Files by path. A handle that is no longer kept stays open as long as somebody reads it."""
+
+    def __init__(self, open_file: Callable[[str], Any], max_handles: int = MAX_HANDLES) -> None:
+        self._open_file = open_file
+        self._max_handles = max_handles
+        self._files: OrderedDict[str, Future[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: str, *, fresh: bool = False) -> Any:
+        """The open file at `path`. Threads that ask at the same time wait for one of them to open it.
+
+        Args:
+            fresh: Open it anew, and keep that one.
+        """
+        with self._lock:
+            opening = None if fresh else self._files.get(path)
+            if opening is not None:
+                self._files.move_to_end(path)
+            else:
+                mine: Future[Any] = Future()
+                self._files[path] = mine
+                self._files.move_to_end(path)
+                while len(self._files) > self._max_handles:
+                    self._files.popitem(last=False)
+        if opening is not None:
+            return opening.result()
+        try:
+            mine.set_result(self._open_file(path))
+        except BaseException as error:
+            with self._lock:
+                if self._files.get(path) is mine:
+                    del self._files[path]
+            mine.set_exception(error)
+            raise
+        return mine.result()
+
+    def forget(self, path: str) -> None:
+        """Open `path` anew next time: it is another file now."""
+        with self._lock:
+            self._files.pop(path, None)
+
+    def forget_all(self) -> None:
+        """Open every file anew next time."""
+        with self._lock:
+            self._files.clear()

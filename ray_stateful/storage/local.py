@@ -1,0 +1,205 @@
+"""Storage on a filesystem of this machine: a file is whole and on the disk, or it is not there.
+
+A local file is visible before it is closed, and closed before it is on the disk. So a file is written under another
+name, flushed to the disk, renamed, and its directory flushed after it: killed or powered off at any point, a reader
+finds the whole file or none.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+
+from typing_extensions import Buffer, Self
+
+from ray_stateful.format import layout
+from ray_stateful.storage.paths import as_bytes, checked_range, normalised
+
+# Names that start so are files still being written, or left behind by a process that died: no listing shows them.
+ASIDE_PREFIX = ".tmp-"
+
+# Linux moves at most 2 GiB less one page in one call.
+_CALL_BYTES = 1 << 30
+
+# What a filesystem without directory handles answers to fsync on one (some network and user-space filesystems).
+_NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+
+# How often a directory into which somebody still writes is emptied again.
+_DELETE_ATTEMPTS = 10
+
+
+class LocalStorage:
+    """Storage below directory `root` of this machine; with an empty `root`, paths are those of the system."""
+
+    max_file_bytes: int | None = None
+
+    def __init__(self, root: str = "") -> None:
+        self.root = root
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.root!r})"
+
+    def open_sink(self, path: str) -> LocalSink:
+        return LocalSink(self._os_path(path))
+
+    def write(self, path: str, data: Buffer) -> None:
+        with self.open_sink(path) as sink:
+            sink.write(data)
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        with _opened(self._os_path(path), os.O_RDONLY) as descriptor:
+            start, stop = checked_range(path, offset, length, os.fstat(descriptor).st_size)
+            if stop - start <= _CALL_BYTES:
+                data = os.pread(descriptor, stop - start, start)
+                if len(data) == stop - start:
+                    return data
+            return _read_in_parts(descriptor, start, stop)
+
+    def sizes(self, path: str) -> dict[str, int]:
+        sizes = {}
+        for entry in self._entries(path):
+            # A file that goes between being listed and being looked at is not there; nor is a dangling link.
+            with suppress(FileNotFoundError):
+                # Nor is a link: it leads out of the directory.
+                if entry.is_file(follow_symlinks=False):
+                    sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+        return sizes
+
+    def directories(self, path: str) -> list[str]:
+        return sorted(entry.name for entry in self._entries(path) if entry.is_dir())
+
+    def delete(self, path: str) -> None:
+        where = self._os_path(normalised(path, to_delete=True))
+        # Without its manifest, what an interrupted deletion leaves is no checkpoint.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(os.path.join(where, layout.MANIFEST))
+            _fsync_directory(where)
+        for attempt in range(_DELETE_ATTEMPTS):
+            try:
+                shutil.rmtree(where)
+            except FileNotFoundError:
+                # Of the directory itself, or of a file in it that another process deleted first.
+                if not os.path.lexists(where):
+                    break
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY or attempt == _DELETE_ATTEMPTS - 1:
+                    raise
+            else:
+                break
+        with suppress(FileNotFoundError):
+            _fsync_directory(os.path.dirname(where) or ".")
+
+    def _os_path(self, path: str) -> str:
+        where = normalised(path)
+        # A leading slash means the top of this storage, not of the machine.
+        return (os.path.join(self.root, where.lstrip("/")) if self.root else where) or "."
+
+    def _entries(self, path: str) -> Iterator[os.DirEntry[str]]:
+        try:
+            with os.scandir(self._os_path(path)) as entries:
+                yield from (entry for entry in entries if not entry.name.startswith(ASIDE_PREFIX))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+
+
+class LocalSink:
+    """A local file being written, under another name until it is whole."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._directory, name = os.path.split(path)
+        self._directory = self._directory or "."
+        self._aside = os.path.join(self._directory, f"{ASIDE_PREFIX}{secrets.token_hex(8)}-{name}"[:255])
+        make_directory(self._directory)
+        self._descriptor = os.open(self._aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._size = 0
+
+    def write(self, data: Buffer) -> None:
+        view = as_bytes(data)
+        while view.nbytes:
+            written = os.write(self._descriptor, view[:_CALL_BYTES])
+            self._size += written
+            view = view[written:]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._drop()
+            return
+        try:
+            self._publish()
+        except BaseException:
+            self._drop()
+            raise
+
+    def _publish(self) -> None:
+        os.fsync(self._descriptor)
+        found = os.fstat(self._descriptor).st_size
+        if found != self._size:
+            raise OSError(errno.EIO, f"wrote {self._size:,} bytes and {found:,} are there", self._path)
+        descriptor, self._descriptor = self._descriptor, -1
+        # Network filesystems report a full disk as late as here.
+        os.close(descriptor)
+        os.replace(self._aside, self._path)
+        # The new name is on the disk only after this: before it, a power cut could undo the rename.
+        _fsync_directory(self._directory)
+
+    def _drop(self) -> None:
+        # The error that led here is the one to be seen.
+        with suppress(OSError):
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+        self._descriptor = -1
+        with suppress(OSError):
+            os.unlink(self._aside)
+
+
+def make_directory(path: str) -> None:
+    """Make directory `path` and what is missing above it, durably. Succeeds if it is there."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path) or "."
+    make_directory(parent)
+    with suppress(FileExistsError):
+        os.mkdir(path)
+    if not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    _fsync_directory(parent)
+
+
+def _read_in_parts(descriptor: int, start: int, stop: int) -> bytes:
+    parts = []
+    while start < stop:
+        part = os.pread(descriptor, min(_CALL_BYTES, stop - start), start)
+        if not part:
+            break
+        parts.append(part)
+        start += len(part)
+    return b"".join(parts)
+
+
+def _fsync_directory(path: str) -> None:
+    with _opened(path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_DIRECTORY_FSYNC:
+                raise
+
+
+@contextmanager
+def _opened(path: str, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

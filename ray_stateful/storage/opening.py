@@ -1,0 +1,222 @@
+"""Opening a checkpoint: manifest and index read once, checked, and turned into what a reader plans with.
+
+Two steps, so that storage is asked by one rank and not by all: `fetch` reads the bytes on rank 0, `parse` makes the
+same `OpenCheckpoint` of them on every rank. Nothing of it is unpickled, but for a foreign `.metadata`, and that
+through an allow-list.
+
+torch is imported where DCP's types are wanted alone: to look at a checkpoint takes less time than to import it.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint
+from ray_stateful.format import index, layout
+from ray_stateful.format.checksums import checksum
+from ray_stateful.format.chunks import coverage_problems
+from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.manifest import Manifest
+from ray_stateful.format.structure import structure_problem
+from ray_stateful.storage.base import Storage
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+MAX_MANIFEST_BYTES = 64 << 20
+
+# An index, or foreign metadata, may be as large as this and the items together, and never larger than the other.
+MIN_INDEX_LIMIT_BYTES = 64 << 20
+MAX_INDEX_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawCheckpoint:
+    """The bytes that describe a checkpoint, as they were read, and what is in its directory."""
+
+    path: str
+    sizes: Mapping[str, int]
+    manifest: bytes | None
+    index: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenCheckpoint:
+    """A checkpoint that is whole as far as its description goes.
+
+    `manifest` is `None` for a foreign one, whose bytes have no checksums. `chunks` has every entry's stored chunks
+    by flat key (a value has one), `trees` the containers without tensors by theirs.
+    """
+
+    path: str
+    manifest: Manifest | None
+    chunks: Mapping[str, tuple[StoredChunk, ...]]
+    trees: Mapping[str, StoredChunk]
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.path)
+
+    def first_rows(self) -> list[StoredChunk]:
+        """One row for each entry, trees included."""
+        return [chunks[0] for chunks in self.chunks.values()] + list(self.trees.values())
+
+    def metadata(self, sources: Mapping[str, str] | None = None) -> Metadata:
+        """The same as DCP's planners want it.
+
+        Args:
+            sources: The entries to tell of: the key of each, and the key of this checkpoint that it stands for. By
+                default all entries, under their own keys.
+        """
+        from ray_stateful.storage import dcp_metadata
+
+        wanted = {key: key for key in self.chunks} if sources is None else sources
+        return dcp_metadata.for_planners({key: self.chunks[source] for key, source in wanted.items()})
+
+
+def fetch(storage: Storage, path: str) -> RawCheckpoint:
+    """Read what describes the checkpoint in directory `path`: three requests, whatever its size.
+
+    Raises:
+        DamagedCheckpoint: there is no checkpoint, or a file is missing or has another size than the manifest says.
+    """
+    sizes = storage.sizes(path)
+    if layout.MANIFEST not in sizes:
+        if layout.DCP_METADATA not in sizes:
+            raise DamagedCheckpoint(path, "no checkpoint: neither a manifest nor DCP metadata is there")
+        # Ours has an index; without its manifest it must not pass for a foreign one, whose bytes nobody checks.
+        if layout.INDEX in sizes or layout.parse_name(posixpath.basename(path)) is not None:
+            raise DamagedCheckpoint(path, "was never committed: its manifest is missing")
+        return RawCheckpoint(
+            path=path, sizes=sizes, manifest=None, index=_read_bounded(storage, path, layout.DCP_METADATA, sizes)
+        )
+    if sizes[layout.MANIFEST] > MAX_MANIFEST_BYTES:
+        raise HostileCheckpoint(path, f"a manifest of {sizes[layout.MANIFEST]:,} bytes")
+    data = _read(storage, path, layout.MANIFEST)
+    manifest = Manifest.from_json(data, posixpath.join(path, layout.MANIFEST))
+    for name, file in manifest.files.items():
+        if sizes.get(name) != file.size:
+            found = f"has {sizes[name]:,} bytes" if name in sizes else "is missing"
+            raise DamagedCheckpoint(posixpath.join(path, name), f"{found}; {file.size:,} were written")
+    _check_name(path, manifest)
+    return RawCheckpoint(path=path, sizes=sizes, manifest=data, index=_read_bounded(storage, path, layout.INDEX, sizes))
+
+
+def fetch_description(storage: Storage, path: str) -> RawCheckpoint:
+    """Read what describes the checkpoint in directory `path`, and nothing else: two reads, and no listing.
+
+    For looking at a checkpoint; whether its files are there is not asked. A directory without a manifest takes the
+    way of `fetch`.
+
+    Raises:
+        DamagedCheckpoint: as `fetch`.
+    """
+    where = posixpath.join(path, layout.MANIFEST)
+    try:
+        data = storage.read(where, 0, MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        return fetch(storage, path)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise HostileCheckpoint(path, f"a manifest of more than {MAX_MANIFEST_BYTES:,} bytes")
+    manifest = Manifest.from_json(data, where)
+    _check_name(path, manifest)
+    sizes = {name: file.size for name, file in manifest.files.items()}
+    return RawCheckpoint(path=path, sizes=sizes, manifest=data, index=_read_bounded(storage, path, layout.INDEX, sizes))
+
+
+def parse(raw: RawCheckpoint) -> OpenCheckpoint:
+    """Check and decode what `fetch` read. Pure: the same on every rank.
+
+    Raises:
+        DamagedCheckpoint: the index is not the one the manifest vouches for.
+        HostileCheckpoint: they ask for something no writer makes.
+    """
+    if raw.manifest is None:
+        from ray_stateful.storage import dcp_metadata, foreign
+
+        where = posixpath.join(raw.path, layout.DCP_METADATA)
+        metadata = dcp_metadata.from_bytes(raw.index, where)
+        return _opened(raw.path, None, foreign.rows(metadata, where, raw.sizes))
+    manifest = Manifest.from_json(raw.manifest, posixpath.join(raw.path, layout.MANIFEST))
+    where = posixpath.join(raw.path, layout.INDEX)
+    if checksum(raw.index) != manifest.files[layout.INDEX].xxh3:
+        raise DamagedCheckpoint(where, "its checksum is not the one in the manifest")
+    sizes = {name: file.size for name, file in manifest.files.items()}
+    opened = _opened(raw.path, manifest, index.from_bytes(raw.index, where, sizes))
+    unknown = {row.path[0] for row in opened.first_rows()} - set(manifest.parts) if manifest.parts else set()
+    if unknown:
+        raise HostileCheckpoint(
+            where, f"has entries of parts that the manifest does not name: {sorted(map(repr, unknown))[:3]}"
+        )
+    return opened
+
+
+def _opened(path: str, manifest: Manifest | None, rows: list[StoredChunk]) -> OpenCheckpoint:
+    chunks: dict[str, list[StoredChunk]] = defaultdict(list)
+    for row in rows:
+        if not row.is_tree:
+            chunks[row.key].append(row)
+    for key, of_key in chunks.items():
+        _check_whole(path, key, of_key)
+    _check_apart(path, rows)
+    problem = structure_problem(rows)
+    if problem is not None:
+        raise HostileCheckpoint(path, problem)
+    return OpenCheckpoint(
+        path=path,
+        manifest=manifest,
+        chunks={key: tuple(of_key) for key, of_key in chunks.items()},
+        trees={row.key: row for row in rows if row.is_tree},
+    )
+
+
+def _check_whole(path: str, key: str, chunks: list[StoredChunk]) -> None:
+    first = chunks[0]
+    if any((c.dtype, c.shape, c.path) != (first.dtype, first.shape, first.path) for c in chunks):
+        raise HostileCheckpoint(path, f"{key!r}: its chunks disagree on dtype, shape or path")
+    if first.dtype is None:
+        if len(chunks) > 1:
+            raise HostileCheckpoint(path, f"{key!r}: a value that stands there {len(chunks)} times")
+        return
+    # Metadata that does not cover a tensor would leave that region as it was, without a word.
+    problems = coverage_problems(first.shape, [chunk.box for chunk in chunks])
+    if problems:
+        raise HostileCheckpoint(path, f"{key!r}: {'; '.join(problems[:3])}")
+
+
+def _check_apart(path: str, rows: list[StoredChunk]) -> None:
+    """Refuse items that share bytes: a small file could stand for any number of large tensors."""
+    # Equal values are stored once and pointed to by many; so they are counted once.
+    places = {(row.file, row.item_offset, row.item_length, row.dtype is None) for row in rows if not row.is_tree}
+    if sum(row.dtype is not None for row in rows) > sum(not is_value for *_, is_value in places):
+        raise HostileCheckpoint(path, "several chunks of tensors are stored in the same place")
+    for (file, offset, length, _), (next_file, next_offset, _, _) in pairwise(sorted(places)):
+        if file == next_file and offset + length > next_offset:
+            raise HostileCheckpoint(path, f"items of {file!r} overlap at byte {next_offset:,}")
+
+
+def _check_name(path: str, manifest: Manifest) -> None:
+    """Refuse a checkpoint that lies where another was: every file of it fits the others, and the step is wrong."""
+    name = layout.parse_name(posixpath.basename(path))
+    if name is not None and manifest.attempt and (name.step, name.attempt) != (manifest.step, manifest.attempt):
+        raise DamagedCheckpoint(path, f"holds another checkpoint: step {manifest.step}, attempt {manifest.attempt!r}")
+
+
+def _read_bounded(storage: Storage, path: str, name: str, sizes: Mapping[str, int]) -> bytes:
+    others = sum(size for other, size in sizes.items() if other != name)
+    if sizes[name] > min(MAX_INDEX_BYTES, MIN_INDEX_LIMIT_BYTES + others):
+        raise HostileCheckpoint(posixpath.join(path, name), f"is {sizes[name]:,} bytes, for {others:,} bytes of items")
+    return _read(storage, path, name)
+
+
+def _read(storage: Storage, path: str, name: str) -> bytes:
+    where = posixpath.join(path, name)
+    try:
+        return storage.read(where)
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(where, "the file is missing") from error

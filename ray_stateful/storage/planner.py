@@ -1,0 +1,192 @@
+"""Who writes what: DCP's planner, without what it gets wrong.
+
+Stock planning weighs a shard by the size of the whole tensor, so that replicated entries all go to the same few
+ranks; it lets the values of one key differ between ranks, and keeps one of them; and it plans empty shards. Its
+cache of plans is keyed by the planner's class name, so that two models overwrite each other's plans: it stays off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections import ChainMap, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+
+from ray_stateful.errors import UnsupportedState
+from ray_stateful.format import values
+from ray_stateful.format.checksums import checksum
+from ray_stateful.format.chunks import Box, coverage_problems
+from ray_stateful.format.dtypes import ITEM_BYTES
+from ray_stateful.format.index import KeyPath
+from ray_stateful.storage.staging import StagedTensors, Staging
+from ray_stateful.storage.structure import describe_structure, is_tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueWriteData(BytesIOWriteData):
+    """What a plan says of a value: its size as JSON, and a checksum to compare with the other ranks'."""
+
+    xxh3: str = ""
+
+
+class BalancedSavePlanner(DefaultSavePlanner):
+    """Writes each tensor's chunks once, spread over the ranks by the bytes they really have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: dict[str, str] = {}
+        self.trees: dict[KeyPath, str] = {}
+        self.staged: StagedTensors | None = None
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Flatten `state_dict` as stock planners do, and keep what flattening loses.
+
+        Raises:
+            UnsupportedState: a dict above a tensor has a key that is neither a string nor an int.
+        """
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        # Encoded here and not when they are written: by then, training may have changed them.
+        self.encoded = {
+            key: values.encode(value, key) for key, value in self.state_dict.items() if not is_tensor(value)
+        }
+        typed_paths, trees = describe_structure(state_dict)
+        # DCP turns every dict key into a string; the paths in the index tell 1 from "1".
+        self.mappings = {key: typed_paths.get(key, tuple(path)) for key, path in self.mappings.items()}
+        self.trees = {
+            path: values.encode(tree, key)
+            for path, tree in trees.items()
+            if (key := ".".join(map(str, path))) not in self.state_dict
+        }
+
+    def create_local_plan(self) -> SavePlan:
+        """This rank's chunks and values.
+
+        Raises:
+            UnsupportedState: an entry can't be stored; names its key.
+        """
+        for key, value in self.state_dict.items():
+            _refuse_unsupported(key, value)
+        plan = super().create_local_plan()
+        items = [self._with_checksum(item) for item in plan.items if not _is_empty_shard(item)]
+        self.plan = dataclasses.replace(plan, items=items)
+        return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """One plan a rank, in which every chunk is written once. Pure: the same plans give the same answer.
+
+        Raises:
+            UnsupportedState: ranks disagree on a value.
+            ValueError: the planned chunks do not cover some tensor exactly.
+        """
+        plans, metadata = create_default_global_save_plan(assign(all_plans))
+        mappings = dict(ChainMap(*(plan.planner_data for plan in plans)))
+        metadata = dataclasses.replace(metadata, planner_data=mappings)
+        problems = [
+            f"{key}: {problem}"
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+            for problem in coverage_problems(entry.size, [Box(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks])
+        ]
+        if problems:
+            raise ValueError("the ranks' shards do not make up whole tensors:\n  " + "\n  ".join(problems))
+        self.global_plan, self.metadata = plans, metadata
+        return plans, metadata
+
+    def stage(self, staging: Staging) -> None:
+        """Copy the tensors; from here on the copies are what is written."""
+        self.staged = staging.fill(self.state_dict)
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        if self.staged is None or write_item.type == WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)
+        offset = write_item.index.offset
+        return self.staged.get(write_item.index.fqn, None if offset is None else tuple(offset))
+
+    def _with_checksum(self, item: WriteItem) -> WriteItem:
+        if item.type != WriteItemType.BYTE_IO:
+            return item
+        text = self.encoded[item.index.fqn]
+        data = ValueWriteData(nbytes=len(text), xxh3=checksum(text.encode()))
+        return dataclasses.replace(item, bytes_io_data=data)
+
+
+def assign(all_plans: Sequence[SavePlan]) -> list[SavePlan]:
+    """Leave each entry that several ranks hold with one of them: the one with the fewest bytes to write.
+
+    Raises:
+        UnsupportedState: a value is not the same on all ranks that have it.
+    """
+    holders: dict[MetadataIndex, list[int]] = defaultdict(list)
+    items: dict[MetadataIndex, WriteItem] = {}
+    for rank, plan in enumerate(all_plans):
+        for item in plan.items:
+            _refuse_different_values(items.setdefault(item.index, item), item, holders[item.index], rank)
+            holders[item.index].append(rank)
+    loads = [0] * len(all_plans)
+    kept: list[set[MetadataIndex]] = [set() for _ in all_plans]
+    # What one rank alone can write comes first. Then largest first; ties are broken by name and offset, never by set
+    # order: a resumed run must lay its files out as the first one did, or two checkpoints of one state can't be
+    # compared.
+    for index in sorted(
+        items, key=lambda i: (len(holders[i]) > 1, -item_bytes(items[i]), i.fqn, tuple(i.offset or ()))
+    ):
+        rank = min(holders[index], key=lambda candidate: (loads[candidate], candidate))
+        loads[rank] += item_bytes(items[index])
+        kept[rank].add(index)
+    return [
+        dataclasses.replace(plan, items=[item for item in plan.items if item.index in kept[rank]])
+        for rank, plan in enumerate(all_plans)
+    ]
+
+
+def item_bytes(item: WriteItem) -> int:
+    """Bytes of the chunk (not of the tensor it is part of), or of the value."""
+    if item.tensor_data is None:
+        return item.bytes_io_data.nbytes if item.bytes_io_data is not None else 1
+    return math.prod(item.tensor_data.chunk.sizes) * ITEM_BYTES[dtype_name(item.tensor_data.properties.dtype)]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_empty_shard(item: WriteItem) -> bool:
+    """A chunk without elements of a tensor that has some: a rank beyond the end of a small dim."""
+    data = item.tensor_data
+    return data is not None and math.prod(data.chunk.sizes) == 0 and math.prod(data.size) > 0
+
+
+def _refuse_unsupported(key: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        return
+    if isinstance(value, DTensor) and any(placement.is_partial() for placement in value.placements):
+        raise UnsupportedState(
+            key, f"a DTensor with placements {value.placements}", "reduce it first, to Replicate or Shard"
+        )
+    if value.layout is not torch.strided or value.is_quantized or dtype_name(value.dtype) not in ITEM_BYTES:
+        raise UnsupportedState(
+            key,
+            f"a tensor of layout {value.layout} and dtype {value.dtype}",
+            "give the part a state_dict() of dense tensors",
+        )
+
+
+def _refuse_different_values(first: WriteItem, other: WriteItem, holders: Sequence[int], rank: int) -> None:
+    mine, theirs = other.bytes_io_data, first.bytes_io_data
+    if isinstance(mine, ValueWriteData) and isinstance(theirs, ValueWriteData) and mine.xxh3 != theirs.xxh3:
+        raise UnsupportedState(
+            first.index.fqn,
+            f"a value that is one thing on rank {holders[0]} and another on rank {rank}",
+            "derive the part from ray_stateful.states.part.RankPart, which has one value per rank",
+        )

@@ -1,0 +1,312 @@
+"""`Storage` over any `pyarrow.fs.FileSystem`: local, S3, GCS, Azure, a directory of one of them, or a wrapped fsspec.
+
+In an object store a file appears when it is complete, and there is no rename: files are written in place, and the
+manifest, written last, says that they are whole. What a filesystem does differently from the others is a field of
+`Traits`, with the reason, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+
+import pyarrow
+import pyarrow.fs
+from typing_extensions import Buffer, Self
+
+from ray_stateful.format import layout
+from ray_stateful.storage.base import Sink
+from ray_stateful.storage.handles import Handles
+from ray_stateful.storage.local import LocalStorage
+from ray_stateful.storage.paths import as_bytes, checked_range, normalised
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """How a kind of filesystem differs.
+
+    Attributes:
+        max_file_bytes: The largest file there can be; `None` where there is no limit to speak of.
+        flush_bytes: Wait for background uploads whenever so many bytes were written, or never.
+        write_buffer_bytes: Collect writes up to this size.
+        shares_handles: Whether an open file may be read from several threads at once.
+        has_directories: Whether a directory must be made before a file in it is written, or found.
+    """
+
+    max_file_bytes: int | None = None
+    flush_bytes: int | None = None
+    write_buffer_bytes: int | None = None
+    shares_handles: bool = False
+    has_directories: bool = False
+
+
+_TRAITS = {
+    # 10,000 parts of 10 MiB, both fixed. Uploads run in the background without a bound on memory, which waiting for
+    # them now and then gives; a flush does not publish what is written so far.
+    "s3": Traits(max_file_bytes=10_000 * 10 * _MIB, flush_bytes=64 * _MIB, shares_handles=True),
+    # Each write of 256 KiB or more would be one request, waited for. A directory is listed where an object marks it.
+    # The first use of an open file asks for all of it, and drops the answer: once a file, and not once a range.
+    "gcs": Traits(max_file_bytes=5 << 40, write_buffer_bytes=8 * _MIB, has_directories=True, shares_handles=True),
+    # 50,000 blocks of 10 MiB. No flushing: it commits the blocks, so that a part of the file would look like a file.
+    "abfs": Traits(max_file_bytes=50_000 * 10 * _MIB, shares_handles=True),
+}
+_OTHER = Traits(has_directories=True)
+
+
+class PyarrowStorage:
+    """`ray_stateful.storage.base.Storage` over a pyarrow filesystem.
+
+    Paths are what the filesystem takes: `bucket/directory/file` on an object store, a path of the system on a local
+    one. Files on this machine, also by way of a `SubTreeFileSystem` or fsspec, are written aside, flushed to the disk
+    and renamed (`LocalStorage`).
+
+    Attributes:
+        filesystem: As given.
+        max_file_bytes: A larger file can't be written here; `None` without a limit.
+    """
+
+    def __init__(self, filesystem: pyarrow.fs.FileSystem) -> None:
+        self.filesystem = filesystem
+        self._kind = _kind_of(filesystem)
+        root = _local_root(filesystem)
+        self._local = None if root is None else LocalStorage(root)
+        self._traits = Traits() if self._local is not None else _TRAITS.get(self._kind, _OTHER)
+        self.max_file_bytes = self._traits.max_file_bytes
+        self._handles = Handles(self._open_file)
+        self._made_directories: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[PyarrowStorage], tuple[pyarrow.fs.FileSystem]]:
+        return PyarrowStorage, (self.filesystem,)
+
+    def __repr__(self) -> str:
+        # Without the filesystem's own fields: they may hold a secret key.
+        return f"PyarrowStorage({self._kind})"
+
+    def open_sink(self, path: str) -> Sink:
+        if self._local is not None:
+            return self._local.open_sink(path)
+        return self._open_stream(normalised(path))
+
+    def write(self, path: str, data: Buffer) -> None:
+        if self._local is not None:
+            self._local.write(path, data)
+            return
+        view = as_bytes(data)
+        with self._open_stream(normalised(path), content=view) as sink:
+            sink.write(view)
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        if self._local is not None:
+            return self._local.read(path, offset, length)
+        where = normalised(path)
+        with _os_errors(where):
+            if self._kind == "gcs" and offset == 0 and length is None:
+                # One request instead of three.
+                with self.filesystem.open_input_stream(where, compression=None) as stream:
+                    return bytes(stream.readall())
+            if not self._traits.shares_handles:
+                with self._open_file(where) as file:
+                    return _read_range(file, where, offset, length)
+            # A handle keeps the size that the file had; who asks for all of it wants the size it has now.
+            file = self._handles.get(where, fresh=length is None)
+            try:
+                data = _read_range(file, where, offset, length)
+                if length is not None and len(data) < length:
+                    data = _read_range(self._handles.get(where, fresh=True), where, offset, length)
+            except OSError:
+                self._handles.forget(where)
+                raise
+            return data
+
+    def sizes(self, path: str) -> dict[str, int]:
+        if self._local is not None:
+            return self._local.sizes(path)
+        return {info.base_name: info.size for info in self._list(path) if info.type == pyarrow.fs.FileType.File}
+
+    def directories(self, path: str) -> list[str]:
+        if self._local is not None:
+            return self._local.directories(path)
+        return sorted(info.base_name for info in self._list(path) if info.type == pyarrow.fs.FileType.Directory)
+
+    def delete(self, path: str) -> None:
+        if self._local is not None:
+            self._local.delete(path)
+            return
+        where = normalised(path, to_delete=True)
+        with self._lock:
+            self._made_directories.clear()
+        with _os_errors(where):
+            # Without its manifest, what an interrupted deletion leaves is no checkpoint.
+            with suppress(FileNotFoundError):
+                self.filesystem.delete_file(f"{where}/{layout.MANIFEST}")
+            try:
+                self.filesystem.delete_dir(where)
+            except OSError:
+                # Of a directory that is not there, GCS makes an error like any other.
+                if self._remains(where):
+                    raise
+        self._handles.forget_all()
+
+    def size_of(self, path: str) -> int | None:
+        """The size of file `path` in bytes, `None` if there is none."""
+        with _os_errors(path):
+            info = self.filesystem.get_file_info(path)
+        return info.size if info.type == pyarrow.fs.FileType.File else None
+
+    def discard(self, path: str) -> None:
+        """Delete file `path` as far as that is possible: a damaged one, which nothing refers to."""
+        with suppress(OSError), _os_errors(path):
+            self.filesystem.delete_file(path)
+
+    def _open_stream(self, where: str, content: memoryview | None = None) -> _StreamSink:
+        with _os_errors(where):
+            self._make_directory_of(where)
+            # Without `compression=None` a file called `x.gz` would be stored compressed.
+            stream = self.filesystem.open_output_stream(
+                where, compression=None, buffer_size=self._traits.write_buffer_bytes
+            )
+        self._handles.forget(where)
+        return _StreamSink(self, where, stream, self._traits, content)
+
+    def _open_file(self, path: str) -> pyarrow.NativeFile:
+        with _os_errors(path):
+            return self.filesystem.open_input_file(path)
+
+    def _remains(self, path: str) -> bool:
+        selector = pyarrow.fs.FileSelector(path, allow_not_found=True, recursive=True)
+        try:
+            return bool(self.filesystem.get_file_info(selector))
+        except FileNotFoundError:
+            return False
+
+    def _list(self, path: str) -> list[pyarrow.fs.FileInfo]:
+        where = normalised(path)
+        selector = pyarrow.fs.FileSelector(where, allow_not_found=True, recursive=False)
+        with _os_errors(where):
+            try:
+                infos = self.filesystem.get_file_info(selector)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        # A store that lists the marker object of the directory itself gives it an empty name, or the directory's path.
+        return [info for info in infos if info.base_name and info.path.strip("/") != where.strip("/")]
+
+    def _make_directory_of(self, path: str) -> None:
+        directory = path.rpartition("/")[0]
+        if not self._traits.has_directories or directory in self._made_directories or not directory:
+            return
+        self.filesystem.create_dir(directory, recursive=True)
+        with self._lock:
+            self._made_directories.add(directory)
+
+
+class _StreamSink:
+    """A file being written to an output stream, in place."""
+
+    def __init__(
+        self,
+        storage: PyarrowStorage,
+        path: str,
+        stream: pyarrow.NativeFile,
+        traits: Traits,
+        content: memoryview | None = None,
+    ) -> None:
+        self._storage, self._path, self._stream, self._traits = storage, path, stream, traits
+        self._content = content
+        self._size = self._flushed = 0
+
+    def write(self, data: Buffer) -> None:
+        view = as_bytes(data)
+        limit = self._traits.max_file_bytes
+        if limit is not None and self._size + view.nbytes > limit:
+            # Found out at the last part otherwise, after hours.
+            raise OSError(errno.EFBIG, f"a file here ends at {limit:,} bytes; split it", self._path)
+        with _os_errors(self._path):
+            self._stream.write(view)
+            self._size += view.nbytes
+            if self._traits.flush_bytes is not None and self._size - self._flushed >= self._traits.flush_bytes:
+                self._stream.flush()
+                self._flushed = self._size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            # There is no way to abort: closing publishes what was written, and so would the stream's destructor.
+            with suppress(OSError), _os_errors(self._path):
+                self._stream.close()
+            # What is there may be whole by now: of another try, if this one was given up and only now ends.
+            if self._content is None or not self._is_there():
+                self._storage.discard(self._path)
+            return
+        try:
+            with _os_errors(self._path):
+                self._stream.close()
+        except OSError:
+            # The reply to the request that completes the file may be what was lost, and not the file.
+            if not self._is_there():
+                raise
+            return
+        # There are servers that store the trailer of a chunked upload as part of the file, and say that all is well.
+        found = self._storage.size_of(self._path)
+        if found != self._size:
+            self._storage.discard(self._path)
+            raise OSError(errno.EBADMSG, f"wrote {self._size:,} bytes, and the storage has {found or 0:,}", self._path)
+
+    def _is_there(self) -> bool:
+        try:
+            if self._content is not None:
+                # Small, and its name may be that of an older file of the same size.
+                return self._storage.read(self._path) == self._content
+            return self._storage.size_of(self._path) == self._size
+        except OSError:
+            return False
+
+
+def _read_range(file: pyarrow.NativeFile, path: str, offset: int, length: int | None) -> bytes:
+    start, stop = checked_range(path, offset, length, file.size())
+    return bytes(file.read_at(stop - start, start)) if stop > start else b""
+
+
+def _kind_of(filesystem: pyarrow.fs.FileSystem) -> str:
+    while isinstance(filesystem, pyarrow.fs.SubTreeFileSystem):
+        filesystem = filesystem.base_fs
+    return str(filesystem.type_name)
+
+
+def _local_root(filesystem: pyarrow.fs.FileSystem) -> str | None:
+    """Where on this machine `filesystem` starts: "" for the system's paths, `None` if it is elsewhere."""
+    if isinstance(filesystem, pyarrow.fs.SubTreeFileSystem):
+        base = _local_root(filesystem.base_fs)
+        return None if base is None else f"{base}{filesystem.base_path}"
+    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        return ""
+    # fsspec is not a dependency: if its module is not there, no filesystem of it can be either. A subclass may mean
+    # something else by its paths.
+    module = sys.modules.get("fsspec.implementations.local")
+    handler = getattr(filesystem, "handler", None)
+    if module is not None and type(getattr(handler, "fs", None)) is module.LocalFileSystem:
+        return ""
+    return None
+
+
+@contextmanager
+def _os_errors(path: str) -> Iterator[None]:
+    """Make every error of a filesystem an `OSError`."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        # A wrapped fsspec filesystem raises whatever its SDK raises.
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", path) from error

@@ -1,0 +1,105 @@
+"""What to read: from boxes of tensors to few ranges of bytes in files. Pure; no torch, no I/O.
+
+A piece is a box of one stored chunk. Its bytes are widened to whole blocks, as only a whole block can be checked;
+then pieces that lie close together become one fetch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ray_stateful.format.chunks import Box, span_of, split
+from ray_stateful.format.dtypes import ITEM_BYTES
+from ray_stateful.format.index import StoredChunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadLimits:
+    """How a rank reads.
+
+    `max_fetch_bytes` is what one request asks for at most (a block may add a little), `max_gap_bytes` what is read
+    along and thrown away rather than ask twice, and `num_threads` how many requests are under way: memory is bounded
+    by their product.
+    """
+
+    max_fetch_bytes: int = 8 << 20
+    max_gap_bytes: int = 16 << 10
+    num_threads: int = 16
+
+    def __post_init__(self) -> None:
+        if self.max_fetch_bytes < 1 or self.max_gap_bytes < 0 or self.num_threads < 1:
+            raise ValueError(f"{self}: at least one byte a fetch, a gap of at least 0 bytes, and one thread are needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a stored chunk (offsets within the chunk), and which destination it goes to, where in it."""
+
+    chunk: StoredChunk
+    box: Box
+    target: int
+    target_offsets: tuple[int, ...]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First and past-the-last byte of the box, counted from the chunk's first byte."""
+        item_bytes = ITEM_BYTES[self.chunk.dtype or ""]
+        first, stop = span_of(self.box, self.chunk.box.sizes)
+        return first * item_bytes, stop * item_bytes
+
+    @property
+    def blocks(self) -> range:
+        """The blocks of the chunk that the span touches."""
+        start, stop = self.span
+        return range(start // self.chunk.block_bytes, -(-stop // self.chunk.block_bytes))
+
+    @property
+    def file_span(self) -> tuple[int, int]:
+        """First and past-the-last byte to fetch, counted from the beginning of the file: whole blocks."""
+        blocks, size = self.blocks, self.chunk.block_bytes
+        start, stop = blocks.start * size, min(blocks.stop * size, self.chunk.num_bytes)
+        return self.chunk.data_offset + start, self.chunk.data_offset + stop
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """One request: bytes `start` to `stop` of a file, and the pieces that are cut from them."""
+
+    file: str
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+
+def pieces_of(chunk: StoredChunk, box: Box, target: int, limits: ReadLimits) -> list[Piece]:
+    """Cut `box` of `chunk` (offsets within it) into pieces of at most about one fetch each."""
+    item_bytes = ITEM_BYTES[chunk.dtype or ""]
+    max_span = max(1, limits.max_fetch_bytes // item_bytes)
+    return [
+        Piece(chunk, part, target, part.relative_to(box).offsets)
+        for part in split(box, chunk.box.sizes, max_span, limits.max_gap_bytes // item_bytes)
+    ]
+
+
+def fetches_of(pieces: Iterable[Piece], limits: ReadLimits) -> list[Fetch]:
+    """Join pieces that lie close together in a file, up to the size of one fetch."""
+    ordered = sorted(pieces, key=lambda piece: (piece.chunk.file, piece.file_span, piece.target, piece.target_offsets))
+    fetches: list[Fetch] = []
+    group: list[Piece] = []
+    start = stop = 0
+    for piece in ordered:
+        first, last = piece.file_span
+        near = group and piece.chunk.file == group[0].chunk.file and first - stop <= limits.max_gap_bytes
+        # A piece within what is fetched already costs nothing, however full the fetch is.
+        if near and (last <= stop or last - start <= limits.max_fetch_bytes):
+            group.append(piece)
+            stop = max(stop, last)
+            continue
+        fetches += _closed(group, start, stop)
+        group, start, stop = [piece], first, last
+    return [*fetches, *_closed(group, start, stop)]
+
+
+def _closed(group: Sequence[Piece], start: int, stop: int) -> list[Fetch]:
+    return [Fetch(group[0].chunk.file, start, stop, tuple(group))] if group else []

@@ -1,0 +1,124 @@
+"""DCP's `StorageReader`: reads ranges of bytes, not chunks, and checks each block of them.
+
+Works under bare `dcp.load(state, storage_reader=CheckpointReader(uri))`, also for what stock `dcp.save` wrote.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from ray_stateful.format import values
+from ray_stateful.format.chunks import Box
+from ray_stateful.format.index import StoredChunk
+from ray_stateful.storage import foreign, opening, reading
+from ray_stateful.storage.base import Storage
+from ray_stateful.storage.opening import OpenCheckpoint
+from ray_stateful.storage.ranges import ReadLimits
+from ray_stateful.storage.reading import ReadStatistics, Request
+from ray_stateful.storage.uris import resolve
+
+
+class CheckpointReader(StorageReader):
+    """Reads a checkpoint of format 1, or a plain DCP directory.
+
+    Args:
+        path: Of the checkpoint's directory; a URI if `storage` is not given.
+        storage: Where `path` is.
+        limits: How much is read at a time.
+
+    `statistics` adds up what `read_data` asked of storage.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], storage: Storage | None = None, *, limits: ReadLimits | None = None
+    ) -> None:
+        super().__init__()
+        self._storage, self._path = (storage, os.fspath(path)) if storage is not None else resolve(os.fspath(path))
+        self._limits = limits
+        self._opened: OpenCheckpoint | None = None
+        self.statistics = ReadStatistics()
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self._storage, self._path = resolve(os.fspath(checkpoint_id))
+            self._opened = None
+
+    # Without **kwargs: DCP then does not fall back, on an error, to a stale metadata file of this rank alone.
+    def read_metadata(self) -> Metadata:
+        return self._open().metadata()
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._stored: dict[Any, StoredChunk] = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill the planner's tensors, and give it the values.
+
+        Raises:
+            DamagedCheckpoint: bytes are missing, or not those that were written.
+        """
+        tensors: list[tuple[ReadItem, torch.Tensor]] = []
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                planner.load_bytes(item, self._value(self._stored[item.storage_index]))
+            else:
+                tensors.append((item, planner.resolve_tensor(item).detach()))
+        requests = [request_of(self._stored[item.storage_index], item, tensor) for item, tensor in tensors]
+        self.statistics += read_requests(self._storage, self._path, requests, self._limits)
+        for item, tensor in tensors:
+            planner.commit_tensor(item, tensor)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return bool(os.fspath(checkpoint_id))
+
+    def _open(self) -> OpenCheckpoint:
+        if self._opened is None:
+            self._opened = opening.parse(opening.fetch(self._storage, self._path))
+        return self._opened
+
+    def _value(self, chunk: StoredChunk) -> io.BytesIO:
+        # The planner unpickles what it is given; so it gets a pickle that was made here, not the one in the file.
+        value = value_of(self._storage, self._path, chunk)
+        file = io.BytesIO()
+        torch.save(value, file)
+        file.seek(0)
+        return file
+
+
+def request_of(chunk: StoredChunk, item: ReadItem, into: torch.Tensor) -> Request:
+    """A read item of DCP's planner as a request."""
+    return Request(chunk, Box(tuple(item.storage_offsets), tuple(item.lengths)), into)
+
+
+def read_requests(
+    storage: Storage, path: str, requests: Iterable[Request], limits: ReadLimits | None
+) -> ReadStatistics:
+    """Fill tensors from a checkpoint of either kind."""
+    ours = [request for request in requests if request.chunk.data_offset >= 0]
+    theirs = [request for request in requests if request.chunk.data_offset < 0]
+    return reading.read(storage, path, ours, limits) + foreign.read(storage, path, theirs)
+
+
+def value_of(storage: Storage, path: str, chunk: StoredChunk) -> Any:
+    """A value of a checkpoint of either kind; nothing of it is run."""
+    if chunk.value is not None:
+        return values.decode(chunk.value, f"{path}: {chunk.key!r}")
+    return foreign.load_item(storage, path, chunk)

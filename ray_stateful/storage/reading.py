@@ -1,0 +1,142 @@
+"""Reads tensor bytes into tensors: parallel, bounded in memory, every block checked before a byte of it is copied."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_stateful.errors import DamagedCheckpoint
+from ray_stateful.format.checksums import CHECKSUM_BYTES, first_bad_block
+from ray_stateful.format.chunks import Box, span_of, strides_of
+from ray_stateful.format.dtypes import ITEM_BYTES
+from ray_stateful.format.index import StoredChunk
+from ray_stateful.storage.base import Storage
+from ray_stateful.storage.ranges import Fetch, Piece, ReadLimits, fetches_of, pieces_of
+
+# Elements are moved as unsigned integers of their size: numpy has no bfloat16 and no float8, and need not care.
+_AS_TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+_AS_NUMPY: dict[int, Any] = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A box of a stored chunk (offsets within the chunk), and the tensor of the box's sizes that it fills."""
+
+    chunk: StoredChunk
+    box: Box
+    into: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ReadStatistics:
+    """What reading cost: bytes and requests asked of storage, and bytes that were wanted."""
+
+    bytes_read: int = 0
+    bytes_wanted: int = 0
+    num_requests: int = 0
+
+    def __add__(self, other: ReadStatistics) -> ReadStatistics:
+        return ReadStatistics(
+            self.bytes_read + other.bytes_read,
+            self.bytes_wanted + other.bytes_wanted,
+            self.num_requests + other.num_requests,
+        )
+
+
+def read(storage: Storage, path: str, requests: Iterable[Request], limits: ReadLimits | None = None) -> ReadStatistics:
+    """Fill the tensors of `requests` from the checkpoint in directory `path`.
+
+    Raises:
+        DamagedCheckpoint: bytes are missing, or not those that were written. Tensors may be filled in part by then,
+            with bytes that were checked.
+    """
+    limits = limits or ReadLimits()
+    requests = list(requests)
+    pieces = [
+        piece
+        for number, request in enumerate(requests)
+        for piece in pieces_of(request.chunk, request.box, number, limits)
+    ]
+    fetches = fetches_of(pieces, limits)
+    targets = [request.into.detach() for request in requests]
+    with ThreadPoolExecutor(max_workers=limits.num_threads, thread_name_prefix="checkpoint-read") as pool:
+        jobs = [pool.submit(_fetch, storage, path, fetch, targets) for fetch in fetches]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            # Nothing more is worth reading: the checkpoint is damaged, or storage is out of reach.
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return ReadStatistics(
+        bytes_read=sum(fetch.stop - fetch.start for fetch in fetches),
+        bytes_wanted=sum(target.numel() * target.element_size() for target in targets),
+        num_requests=len(fetches),
+    )
+
+
+def read_exactly(storage: Storage, path: str, file: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of a file of the checkpoint in directory `path`.
+
+    Raises:
+        DamagedCheckpoint: the file is missing, or ends before `stop`.
+    """
+    where = posixpath.join(path, file)
+    try:
+        data = storage.read(where, start, stop - start)
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(where, "the file is missing") from error
+    if len(data) != stop - start:
+        raise DamagedCheckpoint(where, f"ends {stop - start - len(data):,} bytes before byte {stop:,}")
+    return data
+
+
+def verify_blocks(chunk: StoredChunk, blocks: range, data: memoryview, where: str) -> None:
+    """Check `blocks` of a chunk, whose bytes are `data`.
+
+    Raises:
+        DamagedCheckpoint: names the first block that is not what was written.
+    """
+    expected = chunk.checksums[blocks.start * CHECKSUM_BYTES : blocks.stop * CHECKSUM_BYTES]
+    bad = first_bad_block(data, chunk.block_bytes, expected)
+    if bad is not None:
+        at = chunk.data_offset + (blocks.start + bad) * chunk.block_bytes
+        raise DamagedCheckpoint(where, f"block at byte {at:,} ({chunk.key!r}) is not what was written")
+
+
+def _fetch(storage: Storage, path: str, fetch: Fetch, targets: Sequence[torch.Tensor]) -> None:
+    data = memoryview(read_exactly(storage, path, fetch.file, fetch.start, fetch.stop))
+    where = posixpath.join(path, fetch.file)
+    checked: set[tuple[int, int, int]] = set()
+    for piece in fetch.pieces:
+        start, stop = piece.file_span
+        blocks = (piece.chunk.data_offset, piece.blocks.start, piece.blocks.stop)
+        if blocks not in checked:
+            verify_blocks(piece.chunk, piece.blocks, data[start - fetch.start : stop - fetch.start], where)
+            checked.add(blocks)
+        _place(piece, data[start - fetch.start : stop - fetch.start], targets[piece.target])
+
+
+def _place(piece: Piece, data: memoryview, target: torch.Tensor) -> None:
+    """Copy the piece's elements out of `data`, its whole blocks, to their place in `target`."""
+    item_bytes = ITEM_BYTES[piece.chunk.dtype or ""]
+    sizes = piece.box.sizes
+    begin = piece.span[0] - piece.blocks.start * piece.chunk.block_bytes
+    first, stop = span_of(piece.box, piece.chunk.box.sizes)
+    run = np.frombuffer(data, dtype=_AS_NUMPY[item_bytes], count=stop - first, offset=begin)
+    strides = tuple(stride * item_bytes for stride in strides_of(piece.chunk.box.sizes))
+    source = np.lib.stride_tricks.as_strided(run, sizes, strides, writeable=False)
+    for dim, (offset, size) in enumerate(zip(piece.target_offsets, sizes, strict=True)):
+        target = target.narrow(dim, offset, size)
+    if target.device.type == "cpu":
+        np.copyto(target.view(_AS_TORCH[item_bytes]).numpy(), source)
+        return
+    host = torch.empty(sizes, dtype=_AS_TORCH[item_bytes])
+    np.copyto(host.numpy(), source)
+    target.view(_AS_TORCH[item_bytes]).copy_(host)

@@ -1,0 +1,177 @@
+"""Replicas read once: ranks that want the same bytes deal them out among themselves, and send each other what they
+read.
+
+Data parallel replicas hold whole copies of each other's shards (DDP all of it, HSDP along one axis of its mesh,
+tensor parallelism what it replicates). Each of them reading for itself would ask storage as many times for the same
+bytes.
+
+Two classes of requests are looked at: those of tensors that a rank holds whole, and those of shards. Ranks whose
+requests of a class are the same are a group. Everything is decided from digests that all ranks have, so all enter
+the same collectives.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from ray_stateful.format.checksums import RunningChecksum
+from ray_stateful.ranks import Ranks
+from ray_stateful.storage.reading import Request
+
+# What is sent at once, and the memory that sending takes.
+_BUCKET_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks that want the same: `requests` of this rank, in an order that is the same on all of them."""
+
+    ranks: tuple[int, ...]
+    requests: tuple[Request, ...]
+
+    def reader_of(self) -> list[int]:
+        """Which rank of the group reads each request: the one with the fewest bytes so far."""
+        loads = dict.fromkeys(self.ranks, 0)
+        readers = []
+        for request in self.requests:
+            reader = min(loads, key=lambda rank: (loads[rank], rank))
+            loads[reader] += _num_bytes(request)
+            readers.append(reader)
+        return readers
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Who reads what. `groups` are those of this rank, `memberships` those of all ranks in one order."""
+
+    groups: tuple[Group, ...]
+    memberships: tuple[tuple[int, ...], ...]
+
+    def read_by(self, rank: int) -> Callable[[Request], bool]:
+        """Whether a request is one that `rank` is to read itself."""
+        others = {
+            id(request)
+            for group in self.groups
+            for reader, request in zip(group.reader_of(), group.requests, strict=True)
+            if reader != rank
+        }
+        return lambda request: id(request) not in others
+
+
+def share(whole: Sequence[Request], shards: Sequence[Request], ranks: Ranks) -> Shared:
+    """Find the ranks that want the same. Collective: one small exchange of digests.
+
+    Args:
+        whole: Requests of tensors that this rank holds whole.
+        shards: All others.
+    """
+    classes = [sorted(whole, key=_identity), sorted(shards, key=_identity)]
+    everyone = ranks.all_gather_ints("find replicas", [_digest(requests) for requests in classes])
+    groups: list[Group] = []
+    memberships: list[tuple[int, ...]] = []
+    for number, requests in enumerate(classes):
+        members: dict[int, list[int]] = defaultdict(list)
+        for rank, digests in enumerate(everyone):
+            members[digests[number]].append(rank)
+        for digest, of_digest in sorted(members.items()):
+            # A digest of 0 stands for no requests at all.
+            if digest != 0 and len(of_digest) > 1:
+                memberships.append(tuple(of_digest))
+                if ranks.rank in of_digest:
+                    groups.append(Group(tuple(of_digest), tuple(requests)))
+    return Shared(tuple(groups), tuple(memberships))
+
+
+def exchange(shared: Shared, ranks: Ranks) -> None:
+    """Send every rank what its replicas read. Collective: of all ranks, after all of them have read.
+
+    Raises:
+        RankTimeout: a rank did not send in time.
+    """
+    mine = iter(shared.groups)
+    for members in shared.memberships:
+        # Made by all ranks, also by those that are not in it.
+        timeout = timedelta(seconds=ranks.timeout_s)
+        channel = ranks.group
+        if len(members) < ranks.world_size:
+            make = partial(dist.new_group, list(members), backend="gloo", timeout=timeout)
+            channel = ranks.within_deadline("make a group of replicas", make)
+        if ranks.rank not in members:
+            continue
+        try:
+            for reader, requests in _buckets(next(mine)):
+                ranks.within_deadline("send what was read", _Broadcast(requests, reader, ranks.rank, channel))
+        finally:
+            if channel is not ranks.group:
+                dist.destroy_process_group(channel)
+
+
+@dataclass(frozen=True, slots=True)
+class _Broadcast:
+    requests: Sequence[Request]
+    reader: int
+    rank: int
+    channel: dist.ProcessGroup | None
+
+    def __call__(self) -> None:
+        tensors = [request.into.detach() for request in self.requests]
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+        bucket = torch.empty(sum(sizes), dtype=torch.uint8)
+        parts = torch.split(bucket, sizes)
+        if self.rank == self.reader:
+            for part, tensor in zip(parts, tensors, strict=True):
+                part.copy_(tensor.cpu().contiguous().view(-1).view(torch.uint8))
+        dist.broadcast(bucket, src=self.reader, group=self.channel)
+        if self.rank != self.reader:
+            for part, tensor in zip(parts, tensors, strict=True):
+                # Copied out first: a slice of the bucket need not begin where its dtype may.
+                tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+
+
+def _buckets(group: Group) -> Iterator[tuple[int, list[Request]]]:
+    """Requests of one reader together, up to the size of a bucket; one that is larger goes alone, in parts."""
+    of_reader: dict[int, list[Request]] = defaultdict(list)
+    for reader, request in zip(group.reader_of(), group.requests, strict=True):
+        of_reader[reader] += _parts(request)
+    for reader, requests in sorted(of_reader.items()):
+        bucket: list[Request] = []
+        for request in requests:
+            if bucket and sum(map(_num_bytes, bucket)) + _num_bytes(request) > _BUCKET_BYTES:
+                yield reader, bucket
+                bucket = []
+            bucket.append(request)
+        if bucket:
+            yield reader, bucket
+
+
+def _parts(request: Request) -> list[Request]:
+    """A request whose tensor is larger than a bucket, row by row or in runs of rows."""
+    num_bytes, tensor = _num_bytes(request), request.into
+    if num_bytes <= _BUCKET_BYTES or tensor.dim() == 0 or tensor.shape[0] < 2:
+        return [request] if num_bytes else []
+    rows = max(1, tensor.shape[0] * _BUCKET_BYTES // num_bytes)
+    return [Request(request.chunk, request.box, part) for part in torch.split(tensor.detach(), rows)]
+
+
+def _num_bytes(request: Request) -> int:
+    return request.into.numel() * request.into.element_size()
+
+
+def _identity(request: Request) -> tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    return request.chunk.key, request.chunk.box.offsets, request.box.offsets, request.box.sizes
+
+
+def _digest(requests: Sequence[Request]) -> int:
+    if not requests:
+        return 0
+    digest = RunningChecksum()
+    for request in requests:
+        digest.update(repr((*_identity(request), request.chunk.dtype)).encode())
+    return (int(digest.hexdigest(), 16) >> 1) | 1

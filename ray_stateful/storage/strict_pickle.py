@@ -1,0 +1,169 @@
+"""Reads a pickle with a list of what it may do, instead of whatever it says.
+
+A pickle is a program. Refusing the names it asks for is not enough: with the types that are allowed it can still set
+attributes of a class for the whole process (BUILD on the class itself), have an index of its own memo filled with
+gigabytes of nothing (LONG_BINPUT), or use a tuple of tuples of tuples as a dict key, whose hash takes for ever. So
+here the instructions are listed too, and what they may be applied to. In Python, as pickle's C reader can't be told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+_INSTRUCTIONS = (
+    pickle.APPEND,
+    pickle.APPENDS,
+    pickle.BINFLOAT,
+    pickle.BINGET,
+    pickle.BININT,
+    pickle.BININT1,
+    pickle.BININT2,
+    pickle.BINPUT,
+    pickle.BINUNICODE,
+    pickle.BUILD,
+    pickle.EMPTY_DICT,
+    pickle.EMPTY_LIST,
+    pickle.EMPTY_TUPLE,
+    pickle.FRAME,
+    pickle.GLOBAL,
+    pickle.LONG1,
+    pickle.LONG_BINGET,
+    pickle.LONG_BINPUT,
+    pickle.MARK,
+    pickle.MEMOIZE,
+    pickle.NEWFALSE,
+    pickle.NEWOBJ,
+    pickle.NEWTRUE,
+    pickle.NONE,
+    pickle.PROTO,
+    pickle.REDUCE,
+    pickle.SETITEM,
+    pickle.SETITEMS,
+    pickle.SHORT_BINUNICODE,
+    pickle.STACK_GLOBAL,
+    pickle.STOP,
+    pickle.TUPLE,
+    pickle.TUPLE1,
+    pickle.TUPLE2,
+    pickle.TUPLE3,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Name:
+    """What a pickle's name for a function or class becomes: something that has no attributes to set."""
+
+    target: Any
+
+
+# The reader in Python: the one in C, which typeshed describes, has no table of instructions.
+_Reader: Any = pickle._Unpickler
+
+
+class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see above
+    """Reads one pickle, of dataclasses and plain containers.
+
+    Args:
+        data: The pickle.
+        values: By module and name, what stands for itself.
+        functions: What may be called, with what the pickle gives it.
+        classes: What may be made, and given its own fields; an own `__setstate__` is called.
+        is_key: Whether a dict may have a key, which is hashed only then.
+
+    `load` raises `pickle.UnpicklingError` at what is not allowed, and anything at all at what is damaged.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        *,
+        values: Mapping[tuple[str, str], Any],
+        functions: Mapping[tuple[str, str], Callable[..., Any]],
+        classes: Mapping[tuple[str, str], type],
+        is_key: Callable[[Any], bool],
+    ) -> None:
+        super().__init__(io.BytesIO(data))
+        self._values, self._functions, self._classes, self._is_key = values, functions, classes, is_key
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._values:
+            return self._values[module, name]
+        for known in (self._functions, self._classes):
+            if (module, name) in known:
+                return _Name(known[module, name])
+        raise pickle.UnpicklingError(f"asks for {module}.{name}, which is not on the list")
+
+    def _load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        function = self.stack[-1]
+        if not isinstance(function, _Name) or function.target not in self._functions.values():
+            raise pickle.UnpicklingError("calls what is not on the list")
+        self.stack[-1] = function.target(*arguments)
+
+    def _load_newobj(self) -> None:
+        arguments = self.stack.pop()
+        made = self.stack.pop()
+        if arguments != () or not isinstance(made, _Name) or made.target not in self._classes.values():
+            raise pickle.UnpicklingError("makes what is not on the list")
+        self.append(made.target.__new__(made.target))
+
+    def _load_build(self) -> None:
+        state = self.stack.pop()
+        made = self.stack[-1]
+        if type(made) not in self._classes.values():
+            raise pickle.UnpicklingError(f"sets attributes of a {type(made).__name__}")
+        if hasattr(type(made), "__setstate__"):
+            # It may print what it does not expect, and to print tuples of tuples of tuples can take for ever.
+            if type(state) is not tuple or any(isinstance(value, tuple | list | dict) for value in state):
+                raise pickle.UnpicklingError(f"has no such {type(made).__name__}")
+            made.__setstate__(state)
+            return
+        names = {field.name for field in dataclasses.fields(made)}
+        if type(state) is not dict or not state.keys() <= names:
+            raise pickle.UnpicklingError(f"sets attributes that a {type(made).__name__} does not have")
+        for name, value in state.items():
+            object.__setattr__(made, name, value)
+
+    def _load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set(key, value)
+
+    def _load_setitems(self) -> None:
+        items = self.pop_mark()
+        for at in range(0, len(items), 2):
+            self._set(items[at], items[at + 1])
+
+    def _set(self, key: Any, value: Any) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict or not self._is_key(key):
+            raise pickle.UnpicklingError(f"sets a {type(key).__name__} as a key of a {type(target).__name__}")
+        target[key] = value
+
+    def _load_append(self) -> None:
+        value = self.stack.pop()
+        self._list().append(value)
+
+    def _load_appends(self) -> None:
+        items = self.pop_mark()
+        self._list().extend(items)
+
+    def _list(self) -> list[Any]:
+        target: Any = self.stack[-1]
+        if type(target) is not list:
+            raise pickle.UnpicklingError(f"appends to a {type(target).__name__}")
+        return target
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **{code[0]: _Reader.dispatch[code[0]] for code in _INSTRUCTIONS},
+        pickle.APPEND[0]: _load_append,
+        pickle.APPENDS[0]: _load_appends,
+        pickle.BUILD[0]: _load_build,
+        pickle.NEWOBJ[0]: _load_newobj,
+        pickle.REDUCE[0]: _load_reduce,
+        pickle.SETITEM[0]: _load_setitem,
+        pickle.SETITEMS[0]: _load_setitems,
+    }

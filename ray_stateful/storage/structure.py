@@ -1,0 +1,117 @@
+"""What flattening a state dict loses: the types of dict keys, and of containers that hold no tensor. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from ray_stateful.errors import UnsupportedState
+from ray_stateful.format.index import IntKey, KeyPath
+
+
+class PerRank(dict[str, Any]):
+    """One rank's own entry of a part: never stored as one value under its name, which other ranks use too."""
+
+
+def describe_structure(state_dict: Mapping[str, Any]) -> tuple[dict[str, KeyPath], dict[KeyPath, Any]]:
+    """The typed path of every leaf, by its flat key; and the largest containers without a tensor, by path.
+
+    Raises:
+        UnsupportedState: a dict above a tensor has a key that is neither a string nor an int.
+    """
+    paths: dict[str, KeyPath] = {}
+    trees: dict[KeyPath, Any] = {}
+    for path, value in _walk(state_dict, ()):
+        paths[".".join(map(str, path))] = path
+        if _children(value) is not None:
+            trees[path] = value
+    return paths, trees
+
+
+def put(nested: Any, path: KeyPath, value: Any) -> Any:
+    """Put `value` at `path` of `nested`, making dicts and lists where there is nothing yet; returns the root."""
+    if not path:
+        return value
+    step, rest = path[0], path[1:]
+    if type(step) is int:
+        nested = [] if nested is None else nested
+        nested.extend([None] * (step + 1 - len(nested)))
+        nested[step] = put(nested[step], rest, value)
+        return nested
+    key = int(step) if isinstance(step, IntKey) else step
+    nested = {} if nested is None else nested
+    nested[key] = put(nested.get(key), rest, value)
+    return nested
+
+
+def remove(nested: Any, path: KeyPath) -> None:
+    """Take the dict entry at `path` out of `nested`."""
+    for step in path[:-1]:
+        nested = nested[step]
+    del nested[path[-1]]
+
+
+def copy_containers(value: Any) -> Any:
+    """The same dicts and lists anew, around the same leaves."""
+    if isinstance(value, Mapping):
+        return {key: copy_containers(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [copy_containers(child) for child in value]
+    return value
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a leaf of a state dict is stored as a tensor: a plain one, a DTensor, or what FSDP1 saves."""
+    return isinstance(value, torch.Tensor | ShardedTensor)
+
+
+def is_whole(tensor: Any) -> bool:
+    """Whether a tensor is the same on every rank that has it: a plain one, or a DTensor that is replicated."""
+    if isinstance(tensor, DTensor):
+        return all(placement.is_replicate() for placement in tensor.placements)
+    return isinstance(tensor, torch.Tensor)
+
+
+def meshes_of(values: Iterable[Any]) -> tuple[Mapping[str, int], ...]:
+    """The device meshes that tensors are sharded over: axis names to sizes, each mesh once."""
+    found: dict[tuple[tuple[str, int], ...], None] = {}
+    for value in values:
+        if isinstance(value, DTensor):
+            mesh = value.device_mesh
+            names = mesh.mesh_dim_names or tuple(f"axis_{axis}" for axis in range(mesh.ndim))
+            found[tuple(zip(names, mesh.shape, strict=True))] = None
+    return tuple(dict(mesh) for mesh in found)
+
+
+def _walk(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    children = _children(value)
+    if children is None or (path and not isinstance(value, PerRank) and not _has_tensor(value)):
+        yield path, value
+        return
+    for step, child in children:
+        if type(step) is int and isinstance(value, Mapping):
+            step = IntKey(step)
+        if type(step) not in (str, int, IntKey):
+            key = ".".join(map(str, path))
+            raise UnsupportedState(key, f"a dict with the key {step!r} above a tensor", "use strings or ints as keys")
+        yield from _walk(child, (*path, step))
+
+
+def _children(value: Any) -> list[tuple[Any, Any]] | None:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    # A tuple is a leaf, as it is for DCP: with the tensors in it, it is stored as one value.
+    if isinstance(value, list):
+        return list(enumerate(value))
+    return None
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    children = _children(value)
+    return children is not None and any(_has_tensor(child) for _, child in children)

@@ -1,0 +1,67 @@
+"""From a URI, or a path of this machine, to a storage and a path on it."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+
+import pyarrow.fs
+
+from ray_stateful.storage.pyarrow import PyarrowStorage
+from ray_stateful.storage.retries import RetryingStorage
+
+# Seconds. A request that moves no byte for so long is hung: the default of the AWS client is 90 s with its retries.
+CONNECT_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 20.0
+
+
+def resolve(uri: str) -> tuple[RetryingStorage, str]:
+    """The storage of `uri`, with retries and deadlines, and the path on it.
+
+    Args:
+        uri: `s3://`, `gs://`, `abfs://`, `file://` ... as `pyarrow.fs.FileSystem.from_uri` takes it, or a path of this
+            machine.
+
+    Raises:
+        OSError: the storage can't be reached.
+        ValueError: no filesystem is known for the scheme.
+    """
+    if "://" not in uri:
+        return RetryingStorage(PyarrowStorage(pyarrow.fs.LocalFileSystem())), os.path.abspath(uri)
+    filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
+    return RetryingStorage(PyarrowStorage(with_timeouts(filesystem))), path
+
+
+def with_timeouts(filesystem: pyarrow.fs.FileSystem) -> pyarrow.fs.FileSystem:
+    """`filesystem`; or, if it is of S3, one like it that gives up on a hung request and writes a small file in one.
+
+    A small file takes five requests otherwise.
+    """
+    if not isinstance(filesystem, pyarrow.fs.S3FileSystem):
+        return filesystem
+    # What pickling keeps of a filesystem is all of it but the retry strategy; its default is what `from_uri` set.
+    rebuild, (options,) = filesystem.__reduce__()
+    return rebuild(
+        {
+            **options,
+            "allow_delayed_open": True,
+            "connect_timeout": options["connect_timeout"] if options["connect_timeout"] > 0 else CONNECT_TIMEOUT_S,
+            "request_timeout": options["request_timeout"] if options["request_timeout"] > 0 else REQUEST_TIMEOUT_S,
+        }
+    )
+
+
+def without_credentials(uri: str) -> str:
+    """`uri`, to be shown and kept: without the secrets that pyarrow takes before the host, or in an Azure query."""
+    # "container@account", without a colon, is where an Azure blob is.
+    uri = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/?#:@]*:[^/?#]*@", r"\1", uri)
+    return re.sub(r"([?&](?:client_secret|sig)=)[^&#]*", r"\1***", uri)
+
+
+def below(uri: str, name: str) -> str:
+    """The URI of `name` in directory `uri`; what follows a "?" is about the storage, and stays last."""
+    if "://" not in uri:
+        return posixpath.join(uri, name)
+    path, question, query = uri.partition("?")
+    return posixpath.join(path, name) + question + query

@@ -1,0 +1,180 @@
+"""What bites users of torch.distributed.checkpoint, a sentence a test; others are where the thing itself is tested."""
+
+import ast
+import inspect
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+import ray_stateful
+from ray_stateful import checkpoint
+from ray_stateful.checkpoint import Saving
+from ray_stateful.errors import DamagedCheckpoint, SaveFailed
+from ray_stateful.format.index import from_bytes, to_bytes
+from ray_stateful.ranks import Outcome, Ranks
+from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage import commit, opening
+from ray_stateful.storage.plan_cache import PlanCache
+from ray_stateful.storage.planner import BalancedSavePlanner, assign
+from ray_stateful.storage.ranges import ReadLimits
+from ray_stateful.storage.reader import CheckpointReader
+from ray_stateful.storage.reading import Request, read
+from ray_stateful.storage.uris import resolve
+from ray_stateful.testing import Fail, FaultyStorage, Truncate
+
+
+class Part:
+    def __init__(self, value=None):
+        self.value = value
+
+    def state_dict(self):
+        return self.value
+
+    def load_state_dict(self, value):
+        self.value = value
+
+
+def saved(tmp_path, value, storage=None, **options):
+    inner = resolve(str(tmp_path))[0].inner
+    run = DirectoryRun(storage(inner) if storage else inner, str(tmp_path), str(tmp_path))
+    return checkpoint.save({"part": Part(value)}, step=1, run=run, **options)
+
+
+def opened(report):
+    return opening.parse(opening.fetch(*resolve(report.uri)))
+
+
+def test_an_error_that_derives_from_base_exception_is_caught_at_the_boundary():
+    outcome = Outcome()
+    with outcome.catch():
+        raise CheckpointException("lost", {})
+    assert isinstance(outcome.error, CheckpointException)
+
+
+def test_a_shard_is_read_without_the_rest_of_its_chunk(tmp_path):
+    report = saved(tmp_path, {"t": torch.arange(1 << 20, dtype=torch.float32).reshape(1024, 1024)})
+    (chunk,) = opened(report).chunks["part.t"]
+    storage, path = resolve(report.uri)
+    eighth = chunk.box.__class__((256, 0), (128, 1024))
+    into = torch.empty(128, 1024)
+
+    statistics = read(storage, path, [Request(chunk, eighth, into)])
+
+    assert torch.equal(into, torch.arange(1 << 20, dtype=torch.float32).reshape(1024, 1024)[256:384])
+    assert statistics.bytes_read <= 1.02 * into.nbytes
+
+
+def test_an_exception_in_a_writer_thread_reaches_the_caller_whatever_its_file(tmp_path):
+    tensors = {f"t{n}": torch.zeros(1000) for n in range(8)}
+    for nth in (1, 2, 3, 4):
+        fault = Fail("open_sink", nth=nth, error=PermissionError(13, f"file {nth}"))
+        with pytest.raises(SaveFailed, match=f"file {nth}"):
+            saved(tmp_path / str(nth), tensors, lambda inner, fault=fault: FaultyStorage(inner, [fault]), num_files=4)
+        assert not list((tmp_path / str(nth)).glob("*/manifest.json"))
+
+
+def shard(key, offset, rows, of_rows, columns=4):
+    chunk = ChunkStorageMetadata(torch.Size((offset, 0)), torch.Size((rows, columns)))
+    data = TensorWriteData(chunk=chunk, properties=TensorProperties(torch.float32), size=torch.Size((of_rows, columns)))
+    return WriteItem(index=MetadataIndex(key, (offset, 0)), type=WriteItemType.SHARD, tensor_data=data)
+
+
+def test_replicated_entries_are_balanced_by_the_bytes_of_shards_and_not_of_whole_tensors():
+    # Rank 0 has a small shard of a huge tensor, rank 1 a larger one of a small tensor; ten entries are on both.
+    shared = [shard(f"shared{n}", 0, 10, 10) for n in range(10)]
+    plans = [SavePlan([shard("huge", 0, 1, 10_000), *shared]), SavePlan([shard("small", 0, 60, 60), *shared])]
+
+    first, second = assign(plans)
+
+    loads = [sum(math.prod(item.tensor_data.chunk.sizes) for item in plan.items) for plan in (first, second)]
+    assert abs(loads[0] - loads[1]) <= 40
+    assert sorted(item.index.fqn for item in [*first.items, *second.items]) == sorted(
+        ["huge", "small", *(f"shared{n}" for n in range(10))]
+    )
+
+
+def test_two_models_in_one_process_do_not_take_each_others_plans(tmp_path):
+    run = DirectoryRun(resolve(str(tmp_path))[0], str(tmp_path), str(tmp_path))
+    ranks, plans = Ranks(), PlanCache()
+    for step, value in enumerate([{"a": torch.ones(3)}, {"b": torch.ones(5)}, {"a": torch.full((4,), 2.0)}]):
+        saving = Saving({"part": Part(value)}, None, step=step, samples=0, run=run, plans=plans)
+        saving.collect()
+        saving.write(ranks)
+        saving.report(ranks)
+        fresh = Part()
+        assert checkpoint.restore({"part": fresh}, run=run).step == step
+        assert fresh.value.keys() == value.keys()
+        assert all(torch.equal(fresh.value[key], value[key]) for key in value)
+
+
+def test_two_saves_of_one_step_never_share_a_directory(tmp_path):
+    names = {saved(tmp_path, {"t": torch.zeros(1)}).name for _ in range(5)}
+    assert len(names) == 5
+
+
+def test_an_entry_that_was_planned_and_not_written_is_not_committed(tmp_path):
+    planner = BalancedSavePlanner()
+    planner.set_up_planner({"part": {"t": torch.zeros(3), "u": torch.zeros(2)}})
+    _, metadata = planner.create_global_plan([planner.create_local_plan()])
+    rows = [row for (row,) in opened(saved(tmp_path, {"t": torch.zeros(3)})).chunks.values()]
+    with pytest.raises(ValueError, match=r"part\.u: planned and not written"):
+        commit.prove(metadata, rows)
+
+
+def test_chunks_that_leave_a_gap_or_overlap_are_not_loaded(tmp_path):
+    report = saved(tmp_path, {"t": torch.arange(12.0).reshape(6, 2)})
+    (row,) = opened(report).chunks["part.t"]
+    box = row.box.__class__
+    sizes = {name: path.stat().st_size for path in Path(report.uri).iterdir() for name in [path.name]}
+    for boxes, named in (([box((0, 0), (5, 2))], "10 of 12"), ([box((0, 0), (4, 2)), box((3, 0), (3, 2))], "overlap")):
+        blocks = [-(-b.num_elements * 4 // row.block_bytes) * 8 for b in boxes]
+        rows = [
+            row.__class__(**{f: getattr(row, f) for f in row.__slots__} | {"box": b, "checksums": b"\0" * n})
+            for b, n in zip(boxes, blocks, strict=True)
+        ]
+        with pytest.raises(DamagedCheckpoint, match=named):
+            opening._opened("here", opened(report).manifest, from_bytes(to_bytes(rows), "here", sizes))
+
+
+def test_the_reader_has_no_way_to_fall_back_to_another_ranks_stale_metadata():
+    # DCP tries `__<rank>.metadata` after any error, if the reader would take `rank=`.
+    assert list(inspect.signature(CheckpointReader.read_metadata).parameters) == ["self"]
+
+
+def test_the_only_private_names_of_dcp_are_those_a_checkpoint_itself_is_made_of():
+    root = Path(ray_stateful.__file__).parent
+    private = {
+        alias.name
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed.checkpoint")
+        for alias in node.names
+        if alias.name.startswith("_")
+    }
+    assert private <= {"_StorageInfo"}
+
+
+def test_many_small_tensors_take_few_requests(tmp_path):
+    tensors = {f"t{n:03}": torch.full((100,), float(n)) for n in range(200)}
+    report = saved(tmp_path, tensors)
+    fresh = Part()
+
+    restored = checkpoint.restore({"part": fresh}, run=str(tmp_path), limits=ReadLimits())
+
+    assert restored.statistics.num_requests <= 4
+    assert all(torch.equal(fresh.value[name], tensor) for name, tensor in tensors.items())
+    assert report.num_bytes > 0
+
+
+def test_a_file_that_is_shorter_than_it_was_written_fails_the_save_or_the_restore_never_neither(tmp_path):
+    def truncating(inner):
+        return FaultyStorage(inner, [Truncate("sink.write", nth=2, keep_bytes=100)])
+
+    saved(tmp_path, {"t": torch.arange(5000.0)}, truncating)
+    with pytest.raises(ray_stateful.errors.NoIntactCheckpoint):
+        checkpoint.restore({"part": Part()}, run=str(tmp_path))

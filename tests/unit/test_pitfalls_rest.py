@@ -1,0 +1,124 @@
+"""Hazards of Ray, of storage and of models, a sentence a test; others are where the thing itself is tested."""
+
+import ast
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+import ray_stateful
+from ray_stateful import Checkpointer, Progress, checkpoint, ray_train
+from ray_stateful.format.layout import parse_name
+from ray_stateful.storage.writer import distribute
+
+ROOT = Path(ray_stateful.__file__).parent
+
+
+def names_used():
+    """Every attribute, name and string constant in the package, with where it is."""
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                yield node.attr, path.name
+            elif isinstance(node, ast.Name):
+                yield node.id, path.name
+
+
+def test_a_checkpoint_is_never_downloaded_whole():
+    downloads = {"as_directory", "to_directory", "copy_files", "TemporaryDirectory"}
+    used = {(name, path) for name, path in names_used() if name in downloads}
+    # The runner of ranks for tests has a directory to meet in; a helper for tests saves into one.
+    assert {path for _, path in used} <= {"processes.py", "resuming.py"}
+
+
+def test_no_process_is_forked_from_one_with_threads():
+    assert [found for found in names_used() if found[0] in ("fork", "set_start_method")] == []
+
+
+def test_nothing_of_ours_moves_an_object():
+    assert [found for found in names_used() if found[0] == "move"] == []
+
+
+def item(key, rows):
+    chunk = ChunkStorageMetadata(torch.Size((0,)), torch.Size((rows,)))
+    data = TensorWriteData(chunk=chunk, properties=TensorProperties(torch.uint8), size=torch.Size((rows,)))
+    return WriteItem(index=MetadataIndex(key, (0,)), type=WriteItemType.SHARD, tensor_data=data)
+
+
+def test_a_share_that_no_single_object_could_hold_goes_to_several_files():
+    gib = 1 << 30
+    items = [item(f"t{n}", 10 * gib) for n in range(30)]
+
+    files = distribute(items, 2, max_file_bytes=97 * gib)
+
+    assert sorted(one.index.fqn for file in files for one in file) == sorted(one.index.fqn for one in items)
+    assert max(sum(one.tensor_data.chunk.sizes[0] for one in file) for file in files) <= 97 * gib
+
+
+class Ema:
+    """As people write it: an averaged copy of a model, with the state dict of the copy."""
+
+    def __init__(self, model):
+        self.averaged = torch.optim.swa_utils.AveragedModel(model)
+
+    def state_dict(self):
+        return self.averaged.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.averaged.load_state_dict(state_dict)
+
+
+def test_a_grad_scaler_an_ema_and_progress_are_saved_under_their_names(tmp_path):
+    model = nn.Linear(3, 2)
+    ema, scaler, progress = Ema(model), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3), Progress()
+    ema.averaged.update_parameters(nn.Linear(3, 2))
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 64.0, "_growth_tracker": 2})
+    progress.count(samples=32, tokens=640)
+    progress.on_step(step=4)
+    checkpoint.save({"ema": ema, "scaler": scaler, "progress": progress}, step=4, run=str(tmp_path))
+    fresh = {
+        "ema": Ema(nn.Linear(3, 2)),
+        "scaler": torch.amp.GradScaler("cpu", init_scale=2.0),
+        "progress": Progress(),
+    }
+
+    report = checkpoint.restore(fresh, run=str(tmp_path))
+
+    for key, value in ema.state_dict().items():
+        assert torch.equal(fresh["ema"].state_dict()[key], value)
+    assert fresh["scaler"].state_dict() == scaler.state_dict()
+    assert (fresh["progress"].step, fresh["progress"].tokens) == (4, 640)
+    assert [part.name for part in report.parts] == ["ema", "progress", "scaler"]
+
+
+def steps_saved(tmp_path):
+    return sorted(parse_name(path.parent.name).step for path in tmp_path.glob("checkpoint_*/manifest.json"))
+
+
+def test_a_save_is_due_when_its_seconds_have_passed_and_not_before(tmp_path):
+    for every_s, expected in ((0.0, [1, 2, 3]), (3600.0, [])):
+        run = tmp_path / str(every_s)
+        saver = Checkpointer({"progress": Progress()}, every_s=every_s, at_end=False, run=str(run))
+        for _ in range(3):
+            saver.step()
+        assert steps_saved(run) == expected
+
+
+@pytest.mark.parametrize(("seconds_left", "expected"), [(60.0, [1, 10]), (0.0, [1])])
+def test_a_preemption_leads_to_one_save_and_to_none_that_could_not_be_finished(
+    tmp_path, monkeypatch, seconds_left, expected
+):
+    # Ray's word of a drained node, which tests/ray/test_preemption.py gets from a real one.
+    coming = ray_train.Preemption(time.time() + seconds_left, (0,))
+    monkeypatch.setattr(ray_train, "preemption", lambda: coming)
+    saver = Checkpointer({"progress": Progress()}, at_end=False, run=str(tmp_path))
+    saver.step_count = 1
+    saver.save()  # so that it is known how long one takes
+    saver._preemption_saved = None
+    for _ in range(29):
+        saver.step()
+    assert steps_saved(tmp_path) == expected

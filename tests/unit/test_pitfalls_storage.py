@@ -1,0 +1,154 @@
+"""Hazards of storage that show in a whole save or restore; others are where one storage is tested."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from ray_stateful import checkpoint
+from ray_stateful.errors import NoIntactCheckpoint, SaveFailed
+from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage.local import LocalStorage
+from ray_stateful.storage.uris import below, resolve, without_credentials
+from ray_stateful.testing import Fail, FaultyStorage
+
+
+class Part:
+    def __init__(self, fill):
+        self.tensor = torch.full((300, 3), float(fill))
+
+    def state_dict(self):
+        return {"tensor": self.tensor}
+
+    def load_state_dict(self, state_dict):
+        self.tensor = state_dict["tensor"]
+
+
+def save(run, step):
+    return checkpoint.save({"part": Part(step)}, step=step, run=run)
+
+
+def restored_step(run):
+    """The step that was restored, which is also what its tensor holds; bit for bit."""
+    part = Part(0)
+    report = checkpoint.restore({"part": part}, run=run)
+    assert torch.equal(part.tensor, torch.full((300, 3), float(report.step)))
+    return report.step
+
+
+class PublishingSink:
+    """As object stores close a stream: what was written becomes the object, also when the writer failed."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def write(self, data):
+        self.inner.write(data)
+
+    def __enter__(self):
+        self.inner.__enter__()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.inner.__exit__(None, None, None)
+
+
+class PublishingStorage(LocalStorage):
+    def open_sink(self, path):
+        return PublishingSink(super().open_sink(path))
+
+
+def test_an_object_that_a_failed_write_published_cut_short_is_never_read(tmp_path):
+    run = DirectoryRun(LocalStorage(), str(tmp_path), str(tmp_path))
+    save(run, 1)
+    faulty = FaultyStorage(PublishingStorage(), [Fail("sink.write", nth=2, error=OSError(5, "Input/output error"))])
+    with pytest.raises(SaveFailed):
+        save(DirectoryRun(faulty, str(tmp_path), str(tmp_path)), 2)
+
+    (published,) = tmp_path.glob("checkpoint_s0000000002_*/*")
+    assert published.stat().st_size > 0
+    assert restored_step(run) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": 1, "step"'], ids=["empty", "half"])
+def test_a_manifest_that_was_only_begun_is_no_commit(tmp_path, content):
+    """Some stores show an empty object from its opening on, and a part of it as soon as that is flushed."""
+    save(str(tmp_path), 1)
+    begun = Path(tmp_path, save(str(tmp_path), 2).name, "manifest.json")
+    begun.write_bytes(content)
+
+    assert restored_step(str(tmp_path)) == 1
+
+
+class WatchfulRun(DirectoryRun):
+    """Looks, when it is told of a checkpoint, what an old one could be deleted for."""
+
+    def report(self, prepared):
+        assert restored_step(self) == 2
+
+
+def test_who_deletes_old_checkpoints_hears_of_a_new_one_when_it_can_be_restored_and_not_before(tmp_path):
+    run = WatchfulRun(LocalStorage(), str(tmp_path), str(tmp_path))
+
+    assert save(run, 2).step == 2
+
+
+def test_a_deletion_that_breaks_off_leaves_no_checkpoint_that_looks_whole(tmp_path, monkeypatch):
+    save(str(tmp_path), 1)
+    gone = save(str(tmp_path), 2).name
+
+    def broken_off(path):
+        raise OSError(5, "Input/output error", path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ray_stateful.storage.local.shutil.rmtree", broken_off)
+        with pytest.raises(OSError, match="Input/output"):
+            LocalStorage().delete(str(tmp_path / gone))
+
+    assert len(list((tmp_path / gone).iterdir())) > 1
+    assert restored_step(str(tmp_path)) == 1
+
+
+def test_a_secret_key_is_neither_in_a_checkpoint_nor_in_reports_logs_and_errors(s3_server, caplog, capsys):
+    s3_server.make_bucket("secretive")
+    uri = s3_server.uri("secretive/run").replace("s3://", "s3://an-access-key:the-secret-key@")
+    with caplog.at_level(logging.DEBUG):
+        saved = save(uri, 3)
+        assert restored_step(uri) == 3
+        with pytest.raises(NoIntactCheckpoint) as error:
+            checkpoint.restore({"part": Part(0)}, checkpoint="checkpoint_s0000000009_abcdef", run=uri)
+
+    storage, path = resolve(uri)
+    directory = f"{path}/{saved.name}"
+    stored = [storage.read(f"{directory}/{name}") for name in storage.sizes(directory)]
+    assert len(stored) >= 4
+    assert not any(b"the-secret-key" in content for content in stored)
+    said = [str(saved), repr(saved), str(error.value), caplog.text, *capsys.readouterr()]
+    assert [text for text in said if "the-secret-key" in text] == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://key:secret@bucket/runs?region=x", "s3://bucket/runs?region=x"),
+        ("s3://key:se%2Fcret@bucket", "s3://bucket"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("/data/key:secret@x", "/data/key:secret@x"),
+        ("abfs://c@a.x/d?client_secret=abc&tenant_id=t", "abfs://c@a.x/d?client_secret=***&tenant_id=t"),
+        ("abfss://container@account.dfs.core.windows.net/runs", "abfss://container@account.dfs.core.windows.net/runs"),
+    ],
+)
+def test_credentials_are_left_out_of_a_uri_and_nothing_else_is(uri, shown):
+    assert without_credentials(uri) == shown
+
+
+def test_the_uri_of_a_checkpoint_can_be_restored_from(s3_environment):
+    s3_environment.make_bucket("by-uri")
+    run = s3_environment.uri("by-uri/run")
+    saved = save(run, 4)
+
+    part = Part(0)
+    assert checkpoint.restore({"part": part}, checkpoint=saved.uri, run=run).step == 4
+    assert torch.equal(part.tensor, Part(4).tensor)
+    assert below("/data/run?", "name") == "/data/run?/name"

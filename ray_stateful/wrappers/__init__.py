@@ -1,0 +1,1 @@
+"""What is behind `ray_stateful.stateful_wrappers`: keys, adapters, heads, and the state of optimizers."""

@@ -1,0 +1,205 @@
+"""What is trained of a model with adapters: whole tensors, on rank 0, under the names Hugging Face's PEFT writes.
+
+Every rank makes the same calls in the same order here. What is sent is decided by rank 0 and announced first, never
+by what this rank's stage of a pipeline happens to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ray_stateful.wrappers import dense
+from ray_stateful.wrappers.model_keys import canonical_name, named_parameters, unwrapped
+from ray_stateful.wrappers.sharded_tensors import as_dtensor
+
+OUTER_PREFIX = "base_model.model."
+
+_MAGNITUDE = "lora_magnitude_vector"
+Parts = Sequence[tuple[str, nn.Module]]
+
+
+def stored_keys(parts: Parts) -> dict[str, list[str]]:
+    """The key that every trained parameter is stored under, and the other spellings that are read as well."""
+    found: dict[str, list[str]] = {}
+    for prefix, part in parts:
+        for name, short in _trained(part):
+            key = OUTER_PREFIX + prefix + short
+            if key in found:
+                raise ValueError(f"two trained parameters would be stored as {key!r}; train one adapter at a time")
+            found[key] = _other_spellings(key, OUTER_PREFIX + prefix + name)
+    return found
+
+
+def is_adapter(name: str) -> bool:
+    """Whether `name` is a parameter that adapters added to a base model."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _trained(part: nn.Module) -> Iterator[tuple[str, str]]:
+    """Canonical name of every trained parameter, and its name without PEFT's own levels: adapter, `modules_to_save`."""
+    adapters = set(getattr(unwrapped(part), "peft_config", None) or {"default"})
+    names = list(_trained_names(part))
+    in_use = {level for name in names for level in name.split(".") if level in adapters}
+    for name in names:
+        levels = [level for level in name.split(".") if level != "modules_to_save"]
+        # With two adapters in training, the adapter's name is what tells their parameters apart.
+        if len(in_use) == 1:
+            levels = [level for level in levels if level not in adapters]
+        if levels[-2:] == [_MAGNITUDE, "weight"]:
+            levels.pop()
+        elif levels[-1] == "lora_magnitude":
+            levels[-1] = _MAGNITUDE
+        yield name, ".".join(levels).removeprefix(OUTER_PREFIX)
+
+
+def _trained_names(part: nn.Module) -> list[str]:
+    if _is_fsdp1(part):
+        # Flat parameters have no names of their own.
+        buffers = {canonical_name(part, name) for name, _ in part.named_buffers()}
+        return [name for name in _shards(part) if name not in buffers]
+    trained = {parameter: name for name, parameter in named_parameters(part) if parameter.requires_grad}
+    return list(trained.values())
+
+
+def _shards(part: nn.Module) -> dict[str, Any]:
+    state = get_model_state_dict(part, options=StateDictOptions(ignore_frozen_params=True))
+    return {name: as_dtensor(value) for name, value in state.items()}
+
+
+def _other_spellings(key: str, name: str) -> list[str]:
+    bare = name.removeprefix(OUTER_PREFIX)
+    spellings = [key.removeprefix(OUTER_PREFIX), name, bare, OUTER_PREFIX + bare.removeprefix(OUTER_PREFIX)]
+    if key.endswith("." + _MAGNITUDE):
+        stem = key.removesuffix(_MAGNITUDE)
+        spellings += [f"{key}.default.weight", f"{key}.weight", f"{stem}lora_magnitude"]
+    return [spelling for spelling in dict.fromkeys(spellings) if spelling != key]
+
+
+def collect(parts: Parts, pp_group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """The trained tensors, whole, in rank 0's host memory; `{}` on the other ranks. Collective."""
+    rank = dist.get_rank() if _distributed() else 0
+    # Stages other than rank 0's reach it through its own pipeline; the other pipelines hold copies.
+    joins = pp_group is not None and 0 in dist.get_process_group_ranks(pp_group)
+    keep = rank == 0 or joins
+    whole: dict[str, Any] = {}
+    keys = stored_keys(parts)
+    for prefix, part in parts:
+        values = _whole_values(part)
+        for name, short in _trained(part):
+            key = OUTER_PREFIX + prefix + short
+            assert key in keys
+            value = values(name)
+            if keep:
+                whole[key] = value
+    if joins:
+        into: list[Any] | None = [None] * dist.get_world_size(pp_group) if rank == 0 else None
+        dist.gather_object(whole, into, dst=0, group=pp_group)
+        for stage in into or []:
+            whole.update({key: value for key, value in stage.items() if key not in whole})
+    return whole if rank == 0 else {}
+
+
+def _whole_values(part: nn.Module) -> Callable[[str], torch.Tensor]:
+    """A function from name to whole value on the host. All ranks call it for the same names in the same order."""
+    # FSDP1's own way to whole tensors on rank 0 fails on the others once parameters are frozen; shards can be joined.
+    parameters = _shards(part) if _is_fsdp1(part) else dict(named_parameters(part))
+
+    def value(name: str) -> torch.Tensor:
+        parameter = parameters[name].detach()
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        # A copy, also on the host: training goes on while it is written.
+        return torch.empty_like(whole, device="cpu").copy_(whole)
+
+    return value
+
+
+def load(
+    parts: Parts,
+    state: Mapping[str, Any],
+    pp_group: dist.ProcessGroup | None,
+    judge: Callable[[set[str], set[str]], None],
+) -> int:
+    """Send rank 0's `state` to the parameters of all ranks; how many tensors it was. Collective.
+
+    Args:
+        judge: Called with the keys that are missing and those that belong to no parameter, the same on every rank of
+            a pipeline, before anything is loaded; raises to refuse.
+    """
+    announced = _from_rank_0([(key, value.shape, value.dtype) for key, value in state.items()])
+    spelt = {spelling: key for key, others in stored_keys(parts).items() for spelling in [*others, key]}
+    wanted = set(spelt.values())
+    known = set(spelt)
+    if pp_group is not None:
+        everyone: list[Any] = [None] * dist.get_world_size(pp_group)
+        dist.all_gather_object(everyone, (wanted, known), group=pp_group)
+        wanted, known = (set().union(*sets) for sets in zip(*everyone, strict=True))
+    offered = {spelt.get(key, key) for key, _, _ in announced}
+    judge(wanted - offered, {key for key, _, _ in announced if key not in known})
+
+    targets = {
+        OUTER_PREFIX + prefix + short: (index, name)
+        for index, (prefix, part) in enumerate(parts)
+        for name, short in _trained(part)
+    }
+    values: list[dict[str, Any]] = [{} for _ in parts]
+    parameters = [dict(named_parameters(part)) for _, part in parts]
+    num_loaded = 0
+    for key, shape, dtype in announced:
+        value = _broadcast(state.get(key), shape, dtype)
+        if spelt.get(key) in targets:
+            index, name = targets[spelt[key]]
+            num_loaded += 1
+            if _is_fsdp1(parts[index][1]):
+                values[index][name] = value
+            else:
+                _put(parameters[index][name], value)
+    for (_, part), whole in zip(parts, values, strict=True):
+        if _is_fsdp1(part):
+            dense.load(part, get_model_state_dict(part), whole)
+    return num_loaded
+
+
+@torch.no_grad()
+def _put(parameter: nn.Parameter, whole: torch.Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        on_device = whole.to(parameter.device)
+        whole = distribute_tensor(on_device, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(whole)
+
+
+def _from_rank_0(value: Any) -> Any:
+    if not _distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _broadcast(value: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    if not _distributed():
+        assert value is not None
+        return value
+    # A group of NCCL alone moves nothing on the host.
+    on_host = "cpu:" in str(dist.get_backend_config())
+    device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+    mine = value.to(device).contiguous() if dist.get_rank() == 0 and value is not None else None
+    box = torch.empty(shape, dtype=dtype, device=device) if mine is None else mine
+    # As bytes: backends refuse some dtypes, and none of them needs to be understood.
+    dist.broadcast(box.reshape(-1).view(torch.uint8), src=0)
+    return box
+
+
+def _is_fsdp1(part: nn.Module) -> bool:
+    return bool(FullyShardedDataParallel.fsdp_modules(part))
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,84 @@
+"""Loading the shards of a model that is not an adapter: values into live parameters and buffers, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ray_stateful.wrappers.model_keys import EXTRA_STATE, tied_head
+from ray_stateful.wrappers.sharded_tensors import as_dtensor, into_sharded
+
+
+def is_extra(key: str) -> bool:
+    """Whether `key` is of a module's `_extra_state`, which may be absent, or of another size, at every load."""
+    return EXTRA_STATE in key.split(".")
+
+
+def stored(key: str, value: Any) -> Any:
+    """`value` as it is stored: extra state in a tensor becomes bytes.
+
+    Transformer Engine pickles into a tensor whose length changes from version to version. As a tensor it would
+    have to be met by one of equal length, and loading it would fail where skipping it is harmless.
+    """
+    if is_extra(key) and isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1:
+        return value.detach().cpu().numpy().tobytes()
+    return as_dtensor(value)
+
+
+def check_shapes(own: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse tensors of another shape before any is loaded.
+
+    Raises:
+        ValueError: lists all of them.
+    """
+    found = [
+        f"  {name}: {tuple(theirs.shape)} given, {tuple(ours.shape)} in the model"
+        for mine, values in zip(own, given, strict=True)
+        for name, theirs in values.items()
+        if isinstance(ours := as_dtensor(mine[name]), torch.Tensor)
+        and isinstance(theirs, torch.Tensor)
+        and ours.shape != theirs.shape
+        and not is_extra(name)
+    ]
+    if found:
+        raise ValueError("shapes of the model do not fit; nothing was loaded:\n" + "\n".join(found))
+
+
+def load(part: nn.Module, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Load `given`, whose names are among those of `own`, the live entries of `part`."""
+    values = {name: _like(own[name], value) for name, value in given.items()}
+    tied = tied_head(part)
+    if tied is not None and tied[1] in values:
+        values[tied[0]] = values[tied[1]]
+    if FullyShardedDataParallel.fsdp_modules(part):
+        # Its hooks take every parameter out of the dict, and stumble over one that is not there.
+        values = {**own, **values}
+    result = set_model_state_dict(part, values, options=StateDictOptions(strict=False))
+    # Not strict, for the entries that may be absent; none that was given may go unused.
+    assert not result.unexpected_keys, result.unexpected_keys
+
+
+def _like(ours: Any, theirs: Any) -> Any:
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, bytes):
+        return torch.frombuffer(bytearray(theirs), dtype=torch.uint8) if theirs else torch.empty(0, dtype=torch.uint8)
+    if isinstance(ours, DTensor) and isinstance(theirs, torch.Tensor) and not isinstance(theirs, DTensor):
+        whole = theirs.to(ours.device)
+        return distribute_tensor(whole, ours.device_mesh, ours.placements, src_data_rank=None)
+    return into_sharded(ours, theirs)
+
+
+def from_stage(value: Any, owner: int, group: dist.ProcessGroup | None) -> Any:
+    """`value` of the group's rank `owner`, whole and in host memory, on all ranks of `group`."""
+    assert group is not None
+    box: list[Any] = [None]
+    if dist.get_rank(group) == owner:
+        box = [(value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(group, owner), group=group)
+    return box[0]

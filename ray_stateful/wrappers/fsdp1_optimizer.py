@@ -1,0 +1,80 @@
+"""The optimizer of a `FullyShardedDataParallel` model, whose parameters are flat: torch's own conversions name them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from ray_stateful.wrappers.optimizer_keys import PARAM_GROUPS, PARAMS, STATE, flatten, leaves, nested, split
+from ray_stateful.wrappers.optimizer_start import gradients_set_aside
+from ray_stateful.wrappers.optimizer_values import check_hyperparameters
+from ray_stateful.wrappers.sharded_tensors import as_dtensor, into_sharded
+
+
+class Fsdp1Optimizer:
+    """As `BoundOptimizer`, by the same keys. Everything here is collective."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._groups: list[list[str]] = []
+        self._names: dict[str, frozenset[str]] = {}
+        self._live: dict[str, Any] = {}
+
+    @property
+    def expected(self) -> dict[str, frozenset[str]]:
+        """The names in the state of each parameter, as of the last `state_dict`."""
+        return self._names
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Keys of the parameters that have state."""
+        return frozenset(key for key, names in self._names.items() if names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The flat entries, sharded."""
+        # torch makes the state that is not there yet, but only while no parameter has a gradient.
+        with gradients_set_aside(self.optimizer):
+            state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, self.optimizer))
+        self._groups = [list(group[PARAMS]) for group in state[PARAM_GROUPS]]
+        self._names = {key: frozenset() for group in self._groups for key in group}
+        self._names |= {key: frozenset(name for name, _ in leaves(values)) for key, values in state[STATE].items()}
+        self._live = flatten(state)
+        return {key: as_dtensor(value) for key, value in self._live.items()}
+
+    def check(self, flat: Mapping[str, Any]) -> None:
+        """Refuse `flat` before anything is touched.
+
+        Raises:
+            ValueError: parameters of one group bring different hyperparameters.
+        """
+        self.state_dict()
+        for group in self._groups:
+            check_hyperparameters(group, flat, frozenset(self._names))
+
+    def load(self, flat: Mapping[str, Any]) -> list[str]:
+        """Take over `flat`; the keys of the parameters that got their state."""
+        state, hyper, _ = split(flat, frozenset(self._names))
+        groups = []
+        for keys, live in zip(self._groups, self.optimizer.param_groups, strict=True):
+            values = {name: value for name, value in live.items() if name != PARAMS}
+            for name, where in hyper.get(keys[0], {}).items() if keys else ():
+                values[name] = tuple(flat[where]) if isinstance(values.get(name), tuple) else flat[where]
+            groups.append({**values, PARAMS: keys})
+        states = {
+            key: nested({name: into_sharded(self._live.get(where), flat[where]) for name, where in names.items()})
+            for key, names in state.items()
+        }
+        self._live = {}
+        with gradients_set_aside(self.optimizer):
+            given: dict[str, Any] = {STATE: states, PARAM_GROUPS: groups}
+            options = StateDictOptions(strict=False)
+            set_optimizer_state_dict(self.model, self.optimizer, given, options=options)
+        return list(states)

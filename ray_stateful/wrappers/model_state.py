@@ -1,0 +1,212 @@
+"""A model as a `Stateful`: which of its entries are stored, and what may differ when they come back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence, Set
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from ray_stateful.states.part import Reconciled, StrictPart
+from ray_stateful.wrappers import adapters, dense, model_keys
+
+_log = logging.getLogger(__name__)
+
+
+class ModelState(StrictPart):
+    """A model's parameters and buffers as a `Stateful`.
+
+    A dense model gives every rank its own shards: DTensors that alias the live parameters, without a gather, so a
+    save in the background must copy them before the next step. A head that is really tied to the embedding is left
+    out. With `is_peft` the state is what is trained (adapters, `modules_to_save`, score heads) and no buffers:
+    whole, on rank 0's host memory, under `base_model.model.`, and `{}` on the other ranks; loading broadcasts it.
+
+    Args:
+        model: The module, wrapped in any way; or the parts of it that this rank has, in a pipeline. Parts share one
+            name space, unless two of them use one name for different parameters: then each has its own, `part_<i>.`.
+        is_peft: State is the adapter alone.
+        is_init_step: The base model is to be loaded before training: adapters are left out, and what the base
+            checkpoint lacks is no error.
+        skip_task_head_prefixes: With `is_init_step`, names that start so are left out: heads that no base has.
+        cpu_offload: Tensors are copied to host memory; they do not alias the model then.
+        pp_group: The ranks of one pipeline. Adapters of all stages are joined over it, and a head is loaded from the
+            embedding of another stage. Collective whenever it is given.
+        strict: Missing and unexpected keys are errors; otherwise they are noted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        is_peft: bool = False,
+        is_init_step: bool = False,
+        skip_task_head_prefixes: Sequence[str] | None = None,
+        cpu_offload: bool = False,
+        pp_group: dist.ProcessGroup | None = None,
+        strict: bool = True,
+    ) -> None:
+        self.model = [model] if isinstance(model, nn.Module) else list(model)
+        self.is_peft = is_peft
+        self.is_init_step = is_init_step
+        self.skip_task_head_prefixes = tuple(skip_task_head_prefixes or ())
+        self.cpu_offload = cpu_offload
+        self.pp_group = pp_group
+        self.strict = strict
+        # What the last load did not do to the letter, one line each.
+        self.notes: tuple[str, ...] = ()
+        self._num_loaded: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, flat, by canonical name. Collective for FSDP1, for adapters, and with a `pp_group`."""
+        if self._whole_adapter:
+            return adapters.collect(self._parts(), self.pp_group)
+        return {
+            prefix + name: dense.stored(name, value)
+            for prefix, part in self._parts()
+            for name, value in self._own(part).items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool | None = None) -> None:
+        """Load what `state_dict` returned, or the checkpoint's part of it; `state_dict` itself is not changed.
+
+        Args:
+            strict: Instead of the constructor's.
+
+        Raises:
+            ValueError: keys are missing or unexpected, and `strict`; lists them, and nothing was loaded.
+        """
+        if self._whole_adapter:
+            self.notes = ()
+            self._num_loaded = adapters.load(
+                self._parts(), state_dict, self.pp_group, lambda missing, extra: self._accept(missing, extra, strict)
+            )
+            return
+        given = dict(state_dict)
+        own = [self._own(part) for part in self.model]
+        keys = {prefix + name for prefix, names in zip(self._prefixes(), own, strict=True) for name in names}
+        substitutes = self._fill_in_heads(keys, given)
+        self._accept(keys - given.keys(), given.keys() - keys - set(substitutes.values()), strict)
+        self.notes += tuple(f"{key} is taken from {source}" for key, source in sorted(substitutes.items()))
+        values = [
+            {name: given[prefix + name] for name in names if prefix + name in given}
+            for prefix, names in zip(self._prefixes(), own, strict=True)
+        ]
+        dense.check_shapes(own, values)
+        for part, mine, theirs in zip(self.model, own, values, strict=True):
+            dense.load(part, mine, theirs)
+        self._num_loaded = sum(map(len, values))
+
+    def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:
+        """Say which missing and unexpected keys are no harm. Collective with FSDP1 or a `pp_group`."""
+        if self._whole_adapter:
+            spelt = {other: key for key, others in adapters.stored_keys(self._parts()).items() for other in others}
+            found = {spelt[key]: key for key in unexpected if spelt.get(key) in missing}
+        else:
+            own = {prefix + name for prefix, part in self._parts() for name in self._own(part)}
+            everyones = set().union(*self._gather(own))
+            found = self._substitutes(set(missing), (everyones - missing) | unexpected)
+        # Another stage's head is that stage's to find, but no stage may call it lost.
+        solved = set().union(*self._gather(set(found)))
+        judged = self._judge(missing - solved, unexpected - set(found.values()), None)
+        notes = tuple(f"{key} is taken from {source}" for key, source in sorted(found.items()))
+        return Reconciled(problems=judged.problems, notes=judged.notes + notes, instead=found)
+
+    def describe(self) -> str:
+        """One line for the resume report: how much there is, and what the last load did not do to the letter."""
+        tied = [head for part in self.model if (pair := model_keys.tied_head(part)) for head in pair[:1]]
+        words = [] if self._num_loaded is None else [f"{self._num_loaded} tensors"]
+        words += ["adapter"] if self._whole_adapter else []
+        words += [f"{head} tied to the embedding" for head in tied]
+        return "; ".join([*words, *self.notes])
+
+    @property
+    def _whole_adapter(self) -> bool:
+        return self.is_peft and not self.is_init_step
+
+    def _prefixes(self) -> list[str]:
+        return model_keys.part_prefixes(self.model)
+
+    def _parts(self) -> list[tuple[str, nn.Module]]:
+        return list(zip(self._prefixes(), self.model, strict=True))
+
+    def _own(self, part: nn.Module) -> dict[str, Any]:
+        """The entries of `part` that are saved and loaded, by canonical name."""
+        tied = model_keys.tied_head(part)
+        state = get_model_state_dict(part, options=StateDictOptions(cpu_offload=self.cpu_offload))
+        return {
+            name: value
+            for name, value in state.items()
+            if not (tied is not None and name == tied[0])
+            and not (self.is_init_step and (adapters.is_adapter(name) or name.startswith(self.skip_task_head_prefixes)))
+        }
+
+    def _substitutes(self, absent: set[str], present: set[str]) -> dict[str, str]:
+        """Absent head or embedding to the present key that has its values."""
+        found: dict[str, str] = {}
+        for prefix, part in self._parts():
+            tied = model_keys.tied_head(part)
+            _, head = model_keys.head_and_name(part)
+            if tied is not None:
+                pairs = [(tied[1], tied[0])]
+            elif head is not None and not model_keys.declares_separate_head(part):
+                pairs = [(head, name) for name in model_keys.embedding_names(part, head)]
+            else:
+                pairs = []
+            for key, source in pairs:
+                if prefix + key in absent and prefix + source in present:
+                    found.setdefault(prefix + key, prefix + source)
+        return found
+
+    def _fill_in_heads(self, keys: set[str], given: dict[str, Any]) -> dict[str, str]:
+        """Give absent heads the values of their embedding, also when that is in another stage of the pipeline."""
+        stages = self._gather(set(given))
+        substitutes = self._substitutes(keys - given.keys(), set().union(*stages))
+        wanted = self._gather({source for source in substitutes.values() if source not in given})
+        # In one order on all stages, decided from what all of them know: each of these is a collective.
+        for source in sorted(set().union(*wanted)):
+            owner = next(index for index, stage in enumerate(stages) if source in stage)
+            value = dense.from_stage(given.get(source), owner, self.pp_group)
+            for key in [key for key, wants in substitutes.items() if wants == source and source not in given]:
+                given[key] = value
+        for key, source in substitutes.items():
+            if source in given:
+                given[key] = given[source]
+        return substitutes
+
+    def _gather(self, keys: set[str]) -> list[set[str]]:
+        if self.pp_group is None:
+            return [keys]
+        into: list[Any] = [None] * dist.get_world_size(self.pp_group)
+        dist.all_gather_object(into, keys, group=self.pp_group)
+        return into
+
+    def _accept(self, missing: set[str], unexpected: set[str], strict: bool | None) -> None:
+        judged = self._judge(missing, unexpected, strict)
+        if judged.problems:
+            raise ValueError(
+                f"{len(judged.problems)} entries of the model do not fit; nothing was loaded:\n"
+                + "\n".join(f"  {problem}" for problem in judged.problems)
+            )
+        self.notes = judged.notes
+        for note in judged.notes:
+            _log.warning("model: %s", note)
+
+    def _judge(self, missing: Set[str], unexpected: Set[str], strict: bool | None) -> Reconciled:
+        strict = (self.strict if strict is None else strict) and not self.is_init_step
+        tied = {prefix + pair[0] for prefix, part in self._parts() if (pair := model_keys.tied_head(part))}
+        notes: list[str] = []
+        problems: list[str] = []
+        for key in sorted(missing):
+            fatal = strict and not dense.is_extra(key)
+            (problems if fatal else notes).append(
+                f"{key} is not in the checkpoint" + ("" if fatal else ": kept as built")
+            )
+        for key in sorted(unexpected):
+            if key in tied:
+                notes.append(f"{key} is in the checkpoint, but tied to the embedding here: not loaded")
+            else:
+                fatal = strict and not dense.is_extra(key)
+                (problems if fatal else notes).append(f"{key} is in the checkpoint, but not in the model")
+        return Reconciled(problems=tuple(problems), notes=tuple(notes))

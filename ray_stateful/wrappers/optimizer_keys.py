@@ -1,0 +1,153 @@
+"""The flat keys of an optimizer's state: by parameter name, as DCP's flattened layout has them. Pure.
+
+    state.<parameter>.<name>            one entry of one parameter's state; nested dicts add further names
+    param_groups.<parameter>.<name>     a hyperparameter of the group that the parameter is in
+
+Nothing is stored by group or by number, so parameters may be regrouped, reordered or spread over other optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+STATE = "state"
+PARAM_GROUPS = "param_groups"
+PARAMS = "params"
+# Names of this optimizer's own parameters, in the order of its groups: nothing to restore.
+PARAM_NAMES = "param_names"
+
+
+def leaves(state: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries of a nested dict, under names joined by dots."""
+    for name, value in state.items():
+        where = f"{path}.{name}" if path else str(name)
+        if isinstance(value, Mapping):
+            yield from leaves(value, where)
+        else:
+            yield where, value
+
+
+def flatten(optim: Mapping[str, Any]) -> dict[str, Any]:
+    """`optim` in the flat layout; the nested one, `{"state", "param_groups"}`, is turned into it.
+
+    Raises:
+        ValueError: the parameters are numbered, not named.
+    """
+    if not isinstance(optim.get(STATE), Mapping):
+        return dict(optim)
+    flat = {f"{STATE}.{key}": value for key, value in leaves(optim[STATE])}
+    names = list(optim[STATE])
+    for group in optim.get(PARAM_GROUPS, ()):
+        names += group[PARAMS]
+        for parameter in group[PARAMS]:
+            for name, value in group.items():
+                if name not in (PARAMS, PARAM_NAMES):
+                    flat[f"{PARAM_GROUPS}.{parameter}.{name}"] = value
+    numbered = [name for name in names if not isinstance(name, str)]
+    if numbered:
+        raise ValueError(
+            f"optimizer state is stored by number ({numbered[0]!r}), which says nothing about the parameter once "
+            "groups or world size change; pass what OptimizerState.state_dict() or get_optimizer_state_dict() returns"
+        )
+    return flat
+
+
+def split(
+    keys: Iterable[str], parameters: frozenset[str]
+) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]], list[str]]:
+    """Sort flat keys by the parameter they belong to.
+
+    Returns:
+        `state` and `param_groups`, each parameter to name to flat key; and the keys of no parameter of ours.
+    """
+    found: dict[str, dict[str, dict[str, str]]] = {STATE: {}, PARAM_GROUPS: {}}
+    unknown: list[str] = []
+    for key in keys:
+        kind, _, rest = key.partition(".")
+        # Parameter names contain dots and so may names of nested state; but no parameter lies inside another.
+        owner = next((rest[:dot] for dot in _dots(rest) if rest[:dot] in parameters), None)
+        if kind not in found or owner is None:
+            unknown.append(key)
+        else:
+            found[kind].setdefault(owner, {})[rest[len(owner) + 1 :]] = key
+    return found[STATE], found[PARAM_GROUPS], unknown
+
+
+def _dots(text: str) -> Iterator[int]:
+    dot = text.find(".")
+    while dot != -1:
+        yield dot
+        dot = text.find(".", dot + 1)
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `leaves`."""
+    root: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        inner = root
+        for name in path:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return root
+
+
+def judge(
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    expected: Mapping[str, frozenset[str]],
+    trained: frozenset[str],
+) -> tuple[list[str], list[str]]:
+    """Problems and notes about the keys that are on one side only.
+
+    Args:
+        expected: The names in the state of each of this rank's parameters.
+        trained: Which of them can have state.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    owned = frozenset(expected)
+    state, hyper, _ = split(missing, owned)
+    without = [key for key, names in state.items() if names.keys() >= expected[key]]
+    for key, names in sorted(state.items()):
+        if not names.keys() >= expected[key]:
+            problems += [
+                f"{where} is not in the checkpoint, but other state of its parameter is" for where in names.values()
+            ]
+    if without:
+        notes.append(
+            f"no state in the checkpoint for {some(without)}: never had a gradient, or was frozen; starts fresh"
+        )
+    notes += [f"{name} of {some(keys)} is not in the checkpoint: kept as built" for name, keys in _by_name(hyper)]
+
+    state, hyper, elsewhere = split(unexpected, owned)
+    for key, names in sorted(state.items()):
+        if key in trained:
+            problems += [
+                f"{where} is in the checkpoint, but the optimizer here keeps no such state" for where in names.values()
+            ]
+    frozen = [key for key in state if key not in trained]
+    if frozen:
+        notes.append(f"the checkpoint has state for {some(frozen)}, which is frozen here: not loaded")
+    notes += [f"{name} of {some(keys)} is in the checkpoint only: not loaded" for name, keys in _by_name(hyper)]
+    if elsewhere:
+        notes.append(
+            f"the checkpoint has state of parameters that are not optimized here: {some(elsewhere)}: not loaded"
+        )
+    return problems, notes
+
+
+def some(keys: Iterable[str]) -> str:
+    """A few of `keys`, and how many there are."""
+    found = sorted(keys)
+    more = "" if len(found) <= 3 else f" and {len(found) - 3} more"
+    return ", ".join(found[:3]) + more
+
+
+def _by_name(hyper: Mapping[str, Mapping[str, str]]) -> list[tuple[str, list[str]]]:
+    names: dict[str, list[str]] = {}
+    for key, found in hyper.items():
+        for name in found:
+            names.setdefault(name, []).append(key)
+    return sorted(names.items())

@@ -1,0 +1,143 @@
+"""Optimizers and schedulers as a `Stateful`, by parameter name, and what may differ when they come back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence, Set
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+
+from ray_stateful.states.part import Reconciled, StrictPart
+from ray_stateful.wrappers import model_keys, optimizer_keys, schedulers
+from ray_stateful.wrappers.fsdp1_optimizer import Fsdp1Optimizer
+from ray_stateful.wrappers.optimizer_values import BoundOptimizer, bind
+
+_log = logging.getLogger(__name__)
+
+
+class OptimizerState(StrictPart):
+    """Optimizers and learning rate schedulers as a `Stateful`: `{"optim": ..., "sched": ...}`.
+
+    `optim` is flat and by parameter name, so parameters may be regrouped between save and load. A parameter that never
+    had a gradient is stored as one that never stepped, and loads as that. Loading a parameter that the checkpoint has
+    no state for lets it start fresh; gradients are left alone.
+
+    Args:
+        model: The module or modules whose parameters are optimized, wrapped as in `ModelState`.
+        optimizer: One optimizer, or several with parameters of their own.
+        scheduler: Anything with `state_dict` and `load_state_dict`, or several of them: those are `sched.<i>`.
+        is_peft: Accepted for upstream's callers and without effect: frozen parameters have no state to begin with.
+        cpu_offload: Tensors are copied to host memory; they do not alias the optimizer's then.
+        strict: State that has no place here, or is there in part only, is an error; otherwise it is noted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Optimizer | Sequence[Optimizer],
+        scheduler: Any | None = None,
+        is_peft: bool = False,
+        cpu_offload: bool = False,
+        strict: bool = True,
+    ) -> None:
+        self.model = [model] if isinstance(model, nn.Module) else list(model)
+        self.optimizer = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        if scheduler is None:
+            self.scheduler: list[Any] = []
+        else:
+            self.scheduler = list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
+        self.is_peft = is_peft
+        self.cpu_offload = cpu_offload
+        self.strict = strict
+        # What the last load did not do to the letter, one line each.
+        self.notes: tuple[str, ...] = ()
+        self._bound = _bound(self.model, self.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state; tensors alias the optimizer's own. Collective for FSDP1.
+
+        Raises:
+            UnsupportedState: an entry of the optimizer's state can't be loaded by other ranks; names it.
+        """
+        optim: dict[str, Any] = {}
+        for optimizer in self._bind():
+            flat = optimizer.state_dict()
+            shared = sorted(flat.keys() & optim.keys())
+            if shared:
+                raise ValueError(f"two optimizers hold the parameter of {shared[0]!r}; give it to one of them")
+            optim.update(flat)
+        if self.cpu_offload:
+            optim = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in optim.items()}
+        return {"optim": optim, **({"sched": schedulers.collect(self.scheduler)} if self.scheduler else {})}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, or the checkpoint's part of it; or torch's nested layout in `optim`.
+
+        Raises:
+            ValueError: hyperparameters or shapes do not fit; nothing was loaded.
+        """
+        flat = optimizer_keys.flatten(state_dict.get("optim", {}))
+        bound = self._bind()
+        for optimizer in bound:
+            optimizer.check(flat)
+        loaded = {key for optimizer in bound for key in optimizer.load(flat)}
+        trained = {key for optimizer in bound for key in optimizer.trained}
+        _log.info("optimizer: loaded the state of %d parameters", len(loaded))
+        fresh = trained - loaded
+        notes = [f"{optimizer_keys.some(fresh)} without optimizer state: fresh"] if fresh else []
+        notes += schedulers.load(self.scheduler, state_dict.get("sched") or {})
+        self.notes = tuple(notes)
+        for note in notes:
+            _log.warning("optimizer: %s", note)
+
+    def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:
+        """Say which missing and unexpected keys are no harm: about the state dict that was last asked for."""
+        bound = self._bind()
+        problems, notes = optimizer_keys.judge(
+            _under("optim", missing),
+            _under("optim", unexpected),
+            {key: names for optimizer in bound for key, names in optimizer.expected.items()},
+            frozenset(key for optimizer in bound for key in optimizer.trained),
+        )
+        notes += schedulers.judge(self.scheduler, _under("sched", missing), _under("sched", unexpected))
+        if not self.strict:
+            problems, notes = [], problems + notes
+        return Reconciled(problems=tuple(problems), notes=tuple(notes))
+
+    def describe(self) -> str:
+        """One line for the resume report: `AdamW, 2 groups; scheduler LambdaLR at step 1200`."""
+        words = []
+        for optimizer in self.optimizer:
+            num_groups = len(optimizer.param_groups)
+            words.append(f"{type(optimizer).__name__}, {num_groups} group{'s' if num_groups != 1 else ''}")
+        return "; ".join([*words, *schedulers.describe(self.scheduler), *self.notes])
+
+    def _bind(self) -> list[BoundOptimizer | Fsdp1Optimizer]:
+        """The optimizers with the names that their parameters have now."""
+        names: dict[torch.Tensor, str] = {}
+        for prefix, part in zip(model_keys.part_prefixes(self.model), self.model, strict=True):
+            for name, parameter in model_keys.named_parameters(part):
+                names.setdefault(parameter, prefix + name)
+        for bound in self._bound:
+            if isinstance(bound, BoundOptimizer):
+                bound.keys = bind(bound.optimizer, names)
+        return self._bound
+
+
+def _under(name: str, keys: Set[str]) -> list[str]:
+    return [key.removeprefix(f"{name}.") for key in keys if key.startswith(f"{name}.")]
+
+
+def _bound(parts: list[nn.Module], optimizers: list[Optimizer]) -> list[BoundOptimizer | Fsdp1Optimizer]:
+    if not any(FullyShardedDataParallel.fsdp_modules(part) for part in parts):
+        return [BoundOptimizer(optimizer) for optimizer in optimizers]
+    if len(parts) not in (1, len(optimizers)):
+        raise ValueError(
+            f"{len(optimizers)} optimizers for {len(parts)} FSDP1 modules: give each module an optimizer of its own"
+        )
+    models = parts * len(optimizers) if len(parts) == 1 else parts
+    return [Fsdp1Optimizer(model, optimizer) for model, optimizer in zip(models, optimizers, strict=True)]

@@ -1,0 +1,292 @@
+"""The values of one optimizer's state: reading them by parameter name, and putting them back exactly.
+
+State is copied into the optimizer's own tensors, never through `Optimizer.load_state_dict`, which casts everything
+to the parameter's dtype: float32 moments of a bfloat16 parameter, or 8-bit ones, would come back as something else.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from ray_stateful.errors import UnsupportedState
+from ray_stateful.wrappers.optimizer_keys import PARAM_GROUPS, PARAM_NAMES, PARAMS, STATE, leaves, nested, split
+from ray_stateful.wrappers.optimizer_start import initial_state
+
+_PLAIN = (int, float, bool, str, type(None))
+# Its constructor makes the state, and its step relies on it: there is no such thing as a parameter without.
+_STARTS_WITH_STATE = (torch.optim.Adagrad,)
+
+
+@dataclass(slots=True)
+class BoundOptimizer:
+    """An optimizer whose parameters have names. `keys` are unique; the order is that of the groups."""
+
+    optimizer: Optimizer
+    keys: dict[torch.Tensor, str] = field(default_factory=dict)
+    # What the last state_dict() handed out for parameters without state, so that the filled tensors are taken over
+    # and not copied. Weak: a save that found an unused expert does not keep zeros for it.
+    _offered: dict[str, dict[str, weakref.ref[torch.Tensor] | None]] = field(default_factory=dict)
+
+    def groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, torch.Tensor]]]]:
+        """Every group with its parameters and their keys."""
+        for group in self.optimizer.param_groups:
+            yield group, [(self.keys[parameter], parameter) for parameter in group[PARAMS]]
+
+    @property
+    def expected(self) -> dict[str, frozenset[str]]:
+        """The names in the state of each parameter: its own, or those last offered for it to be filled."""
+        return {
+            key: frozenset(
+                self._offered[key]
+                if key in self._offered
+                else (name for name, _ in leaves(self.optimizer.state.get(parameter, {})))
+            )
+            for key, parameter in self.parameters()
+        }
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Keys of the parameters that can have state."""
+        return frozenset(key for key, parameter in self.parameters() if parameter.requires_grad)
+
+    @property
+    def owned(self) -> frozenset[str]:
+        """Keys of all parameters."""
+        return frozenset(key for key, _ in self.parameters())
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every key and parameter."""
+        for _, members in self.groups():
+            yield from members
+
+    def state_dict(self) -> dict[str, Any]:
+        """The flat entries; tensors alias the optimizer's own, or await filling where it has none yet.
+
+        Raises:
+            UnsupportedState: a value does not survive saving and loading on other ranks; names its key.
+        """
+        flat: dict[str, Any] = {}
+        offered = self._templates()
+        for group, members in self.groups():
+            for key, parameter in members:
+                state = offered.get(key, self.optimizer.state.get(parameter, {}))
+                for name, value in leaves(state):
+                    flat[f"{STATE}.{key}.{name}"] = self._checked(f"{STATE}.{key}.{name}", name, value, parameter)
+                for name, value in group.items():
+                    if name not in (PARAMS, PARAM_NAMES):
+                        # One copy a parameter: filled in place, two groups that become one would hide a conflict.
+                        own = value.clone() if isinstance(value, torch.Tensor) else value
+                        flat[f"{PARAM_GROUPS}.{key}.{name}"] = own
+        self._offered = {
+            key: {
+                name: weakref.ref(value) if isinstance(value, torch.Tensor) else None for name, value in leaves(state)
+            }
+            for key, state in offered.items()
+        }
+        return flat
+
+    def _templates(self) -> dict[str, dict[str, Any]]:
+        """State for the trainable parameters that have none: never had a gradient, or nothing was trained yet."""
+        started = any(self.optimizer.state.get(parameter) for _, parameter in self.parameters())
+        lacking: list[tuple[str, torch.Tensor]] = []
+        for group, members in self.groups():
+            # With dampening, a first momentum is the gradient itself, and a buffer of zeros is not the same as none.
+            # There is no step count to tell them apart by, so such state is only made to be loaded into.
+            if started and group.get("dampening"):
+                continue
+            lacking += [pair for pair in members if pair[1].requires_grad and not self.optimizer.state.get(pair[1])]
+        if not lacking:
+            return {}
+        made = initial_state(self.optimizer, [parameter for _, parameter in lacking])
+        return {key: state for (key, _), state in zip(lacking, made, strict=True)}
+
+    def _checked(self, key: str, name: str, value: Any, parameter: torch.Tensor) -> Any:
+        """`value`, if it is the same for everyone who will load it."""
+        if isinstance(value, DTensor):
+            if any(placement.is_partial() for placement in value.placements):
+                raise UnsupportedState(key, "a sum that is still spread over the ranks (Partial)", _NOT_SHAPED)
+            return value
+        if isinstance(value, torch.Tensor):
+            if type(value) not in (torch.Tensor, torch.nn.Parameter):
+                raise UnsupportedState(key, f"a tensor of type {type(value).__qualname__}", _NOT_SHAPED)
+        elif not isinstance(value, _PLAIN) and not (
+            isinstance(value, tuple) and all(isinstance(item, _PLAIN) for item in value)
+        ):
+            raise UnsupportedState(key, f"a {type(value).__qualname__}", _NOT_SHAPED)
+        if isinstance(parameter, DTensor) and not self._same_on_all_ranks(name, value):
+            raise UnsupportedState(key, "a value of this rank's own beside a sharded parameter", _NOT_SHAPED)
+        return value
+
+    def _same_on_all_ranks(self, name: str, value: Any) -> bool:
+        """Whether an unsharded entry of a sharded parameter's state can be stored once for all ranks.
+
+        DCP stores what is not sharded once, by name: one rank's factors would silently become everyone's. Counts
+        are the same everywhere, and so are the scalars of torch's own optimizers, which follow from counts.
+        """
+        if isinstance(value, torch.Tensor):
+            return value.numel() == 1 and (name == "step" or _is_torchs(self.optimizer))
+        return not isinstance(value, float) or name == "step" or _is_torchs(self.optimizer)
+
+    def check(self, flat: Mapping[str, Any]) -> None:
+        """Refuse `flat` before anything is touched.
+
+        Raises:
+            ValueError: parameters of one group bring different hyperparameters, or shapes differ.
+        """
+        for _, members in self.groups():
+            check_hyperparameters([key for key, _ in members], flat, self.owned)
+        state, _, _ = split(flat, self.owned)
+        for key, parameter in self.parameters():
+            live = dict(leaves(self.optimizer.state.get(parameter, {})))
+            for name, where in state.get(key, {}).items():
+                ours, theirs = live.get(name), flat[where]
+                if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor) and ours.shape != theirs.shape:
+                    raise ValueError(f"{where!r} has shape {tuple(theirs.shape)}, and {tuple(ours.shape)} here")
+            absent = sorted(set(self._offered.get(key, live)) - set(state.get(key, {})))
+            if key in state and absent:
+                raise ValueError(f"{STATE}.{key} lacks {absent}: part of a parameter's state is of no use")
+
+    def load(self, flat: Mapping[str, Any]) -> list[str]:
+        """Take over `flat`: all hyperparameters and state in it; a parameter without state in it starts fresh.
+
+        Returns:
+            The keys of the parameters that got their state.
+        """
+        state, hyper, _ = split(flat, self.owned)
+        with torch.no_grad():
+            loaded = self._load_state({key: {n: flat[w] for n, w in names.items()} for key, names in state.items()})
+        for group, members in self.groups():
+            for key, _ in members[:1]:
+                for name, where in hyper.get(key, {}).items():
+                    if name not in (PARAMS, PARAM_NAMES):
+                        group[name] = _into(group.get(name), flat[where])
+        self._offered = {}
+        return loaded
+
+    def _load_state(self, given: dict[str, dict[str, Any]]) -> list[str]:
+        starting: list[tuple[str, torch.Tensor]] = []
+        loaded: list[str] = []
+        for key, parameter in self.parameters():
+            values = given.get(key, {})
+            live = self.optimizer.state.get(parameter)
+            if not values:
+                if not isinstance(self.optimizer, _STARTS_WITH_STATE):
+                    self.optimizer.state.pop(parameter, None)
+            elif live:
+                self.optimizer.state[parameter] = _merged(live, values)
+                loaded.append(key)
+            elif _not_stepped(values):
+                # Saved without ever having had a gradient. It starts as it would have gone on: without state.
+                continue
+            elif self._is_offer(key, values):
+                self.optimizer.state[parameter] = nested(values)
+                loaded.append(key)
+            else:
+                starting.append((key, parameter))
+        if starting:
+            made = initial_state(self.optimizer, [parameter for _, parameter in starting])
+            for (key, parameter), state in zip(starting, made, strict=True):
+                self.optimizer.state[parameter] = _merged(state, given[key])
+        return loaded + [key for key, _ in starting]
+
+    def _is_offer(self, key: str, values: Mapping[str, Any]) -> bool:
+        offer = self._offered.get(key, {})
+        return set(offer) == set(values) and all(ref is None or ref() is values[name] for name, ref in offer.items())
+
+
+_NOT_SHAPED = (
+    "only state that is sharded like its parameter, replicated, or a count can be loaded by other ranks; keep such "
+    "state in a DTensor, or use another optimizer"
+)
+
+
+def check_hyperparameters(members: Sequence[str], flat: Mapping[str, Any], owned: frozenset[str]) -> None:
+    """Refuse hyperparameters that differ within one group.
+
+    Raises:
+        ValueError: names two parameters and their values.
+    """
+    _, hyper, _ = split(flat, owned)
+    first: dict[str, str] = {}
+    for key in members:
+        for name, where in hyper.get(key, {}).items():
+            other = first.setdefault(name, where)
+            if not _equal(flat[other], flat[where]):
+                raise ValueError(
+                    f"{other!r} is {flat[other]!r} and {where!r} is {flat[where]!r}, but both parameters are in one "
+                    "group here; keep them in groups of their own"
+                )
+
+
+def bind(optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> dict[torch.Tensor, str]:
+    """The name of each parameter of `optimizer`.
+
+    Raises:
+        ValueError: it has a parameter that `names` does not know.
+    """
+    keys: dict[torch.Tensor, str] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group[PARAMS]):
+            if parameter not in names:
+                raise ValueError(
+                    f"parameter {position} of group {index} of {type(optimizer).__name__}, of shape "
+                    f"{tuple(parameter.shape)}, is not in the model: build the optimizer after the model was wrapped, "
+                    "and pass every part of the model"
+                )
+            keys[parameter] = names[parameter]
+    return keys
+
+
+def _is_torchs(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.partition(".")[0] == "torch"
+
+
+def _not_stepped(values: Mapping[str, Any]) -> bool:
+    return "step" in values and float(values["step"]) == 0
+
+
+def _merged(live: Mapping[Any, Any], values: Mapping[str, Any], path: str = "") -> dict[Any, Any]:
+    """`live` with `values` put into its tensors; entries that only `values` has come along."""
+    merged: dict[Any, Any] = {}
+    seen: set[str] = set()
+    for name, ours in live.items():
+        where = f"{path}.{name}" if path else str(name)
+        if isinstance(ours, Mapping):
+            merged[name] = _merged(ours, {k: v for k, v in values.items() if k.startswith(f"{where}.")}, where)
+            seen |= {key for key in values if key.startswith(f"{where}.")}
+        else:
+            merged[name] = _into(ours, values[where]) if where in values else ours
+            seen.add(where)
+    if not path:
+        merged.update(nested({key: value for key, value in values.items() if key not in seen}))
+    return merged
+
+
+def _into(ours: Any, theirs: Any) -> Any:
+    """`theirs`, in the tensor that `ours` is: others may hold on to that one."""
+    if not isinstance(ours, torch.Tensor):
+        # Formats without tuples bring them back as lists.
+        return tuple(theirs) if isinstance(ours, tuple) and isinstance(theirs, list) else theirs
+    if ours is theirs:
+        return ours
+    if not isinstance(theirs, torch.Tensor):
+        return ours.fill_(theirs)
+    if isinstance(ours, DTensor) and not isinstance(theirs, DTensor):
+        whole = theirs.to(ours.device)
+        theirs = distribute_tensor(whole, ours.device_mesh, ours.placements, src_data_rank=None)
+    return ours.copy_(theirs)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return bool(torch.equal(torch.as_tensor(one), torch.as_tensor(other)))
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return list(one) == list(other)
+    return bool(one == other)

@@ -1,0 +1,371 @@
+"""ModelState and OptimizerState on several ranks: every wrapping, uneven and empty shards, pipelines, adapters."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+
+from ray_stateful.errors import UnsupportedState
+from ray_stateful.stateful_wrappers import ModelState, OptimizerState
+from ray_stateful.testing import run_ranks
+from tests.ranks import peft_models
+from tests.ranks.wrapper_models import WRAPPINGS, Tied, assert_same, fsdp2, leaves, train
+from tests.transfer import snapshot
+
+
+def passed(outcomes: list[Any]) -> list[Any]:
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes
+
+
+def parts(
+    wrapping: str, seed: int, make: Any = torch.optim.AdamW, **options: Any
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    model = WRAPPINGS[wrapping](Tied(seed=seed, **options))
+    optimizer = make(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    state = {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer, scheduler)}
+    return model, optimizer, scheduler, state
+
+
+def values(state: dict[str, Any]) -> dict[str, Any]:
+    return leaves({name: part.state_dict() for name, part in state.items()})
+
+
+def save_and_load_under(directory: str, saved_under: str) -> None:
+    # FSDP1 and its ShardedTensor announce their end at every step; people have them all the same.
+    warnings.simplefilter("ignore")
+    model, optimizer, scheduler, state = parts(saved_under, 1)
+    train(model, optimizer, scheduler, num_steps=2)
+    expected = values(state)
+    assert "model.lm_head.weight" not in expected
+    assert len(expected) > 100
+    dcp.save(state, checkpoint_id=directory)
+    for loaded_under in WRAPPINGS:
+        *_, fresh = parts(loaded_under, 2)
+        dcp.load(fresh, checkpoint_id=directory)
+        assert_same(values(fresh), expected)
+        assert fresh["optimizer"].describe() == "AdamW, 1 group; scheduler LambdaLR at step 2"
+
+
+@pytest.mark.parametrize("saved_under", WRAPPINGS)
+def test_what_was_saved_under_one_wrapping_loads_under_every_other(saved_under, tmp_path):
+    passed(run_ranks(2, save_and_load_under, str(tmp_path), saved_under))
+
+
+def go_on(directory: str, wrapping: str) -> None:
+    warnings.simplefilter("ignore")
+    model, optimizer, scheduler, state = parts(wrapping, 1)
+    train(model, optimizer, scheduler, num_steps=2)
+    dcp.save(state, checkpoint_id=directory)
+    fresh, again, scheduler_again, fresh_state = parts(wrapping, 2)
+    dcp.load(fresh_state, checkpoint_id=directory)
+    train(model, optimizer, scheduler, num_steps=2)
+    train(fresh, again, scheduler_again, num_steps=2)
+    assert_same(values(fresh_state), values(state))
+
+
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp1", "fsdp1_flat", "fsdp2"])
+def test_training_goes_on_bit_for_bit(wrapping, tmp_path):
+    passed(run_ranks(2, go_on, str(tmp_path), wrapping))
+
+
+def save_resized(directory: str) -> dict[str, Any]:
+    model, optimizer, scheduler, state = parts("fsdp2", 1)
+    train(model, optimizer, scheduler, num_steps=2)
+    assert all(isinstance(v, DTensor) for k, v in state["model"].state_dict().items() if not k.endswith("seen"))
+    dcp.save(state, checkpoint_id=directory)
+    return values(state)
+
+
+def load_resized(directory: str, expected: dict[str, Any]) -> None:
+    *_, state = parts("fsdp2", 2)
+    dcp.load(state, checkpoint_id=directory)
+    assert_same(values(state), expected)
+
+
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(4, 3), (1, 4)])
+def test_uneven_and_empty_shards_come_back_on_another_number_of_ranks(saved_by, loaded_by, tmp_path):
+    expected = passed(run_ranks(saved_by, save_resized, str(tmp_path)))[0]
+    passed(run_ranks(loaded_by, load_resized, str(tmp_path), expected))
+
+
+class TwoRows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(2, 4)
+        self.lm_head = nn.Linear(4, 2, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.embed_tokens(tokens))
+
+
+def keys_with_empty_shards() -> list[str]:
+    model = fsdp2(TwoRows())
+    return sorted(ModelState(model).state_dict())
+
+
+def test_ranks_with_empty_shards_do_not_take_the_head_for_tied():
+    assert run_ranks(3, keys_with_empty_shards) == [["embed_tokens.weight", "lm_head.weight"]] * 3
+
+
+def stock_states() -> None:
+    model, optimizer, scheduler, state = parts("fsdp2", 1)
+    train(model, optimizer, scheduler, num_steps=1)
+    ours, theirs = state["model"].state_dict(), get_model_state_dict(model)
+    theirs.pop("lm_head.weight")
+    assert_same(leaves(ours), leaves(theirs))
+    flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    assert_same(leaves(state["optimizer"].state_dict()["optim"]), leaves(flat))
+    assert ours["scale"].to_local().data_ptr() == model.scale.to_local().data_ptr()
+    *_, fresh_state = parts("fsdp2", 2)
+    whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    fresh_state["optimizer"].load_state_dict({"optim": whole, "sched": scheduler.state_dict()})
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    fresh_state["model"].load_state_dict(full)
+    assert_same(values(fresh_state), values(state))
+
+
+def test_the_dense_state_is_stocks_sharded_one_and_whole_tensors_load_too():
+    passed(run_ranks(2, stock_states))
+
+
+class Expert(Tied):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        self.expert = nn.Linear(8, 8)
+
+
+def unused_expert(directory: str, wrapping: str) -> None:
+    warnings.simplefilter("ignore")
+    results = []
+    for seed in (1, 2):
+        model = WRAPPINGS[wrapping](Expert(seed))
+        optimizer = torch.optim.AdamW(model.parameters())
+        results.append((model, optimizer, OptimizerState(model, optimizer)))
+    (model, optimizer, saved), (fresh, again, loaded) = results
+    train(model, optimizer, num_steps=2)
+    fresh(torch.zeros(1, 2, dtype=torch.int64)).sum().backward()
+    gradients = [parameter.grad for parameter in fresh.parameters()]
+    assert any(gradient is not None for gradient in gradients)
+    dcp.save({"o": saved}, checkpoint_id=directory)
+    dcp.load({"o": loaded}, checkpoint_id=directory, planner=DefaultLoadPlanner(allow_partial_load=wrapping == "fsdp1"))
+    assert all(parameter.grad is g for parameter, g in zip(fresh.parameters(), gradients, strict=True))
+    fresh.zero_grad()
+    assert len(again.state) == len(optimizer.state)
+    assert_same(leaves(loaded.state_dict()), leaves(saved.state_dict()))
+
+
+@pytest.mark.parametrize("wrapping", ["fsdp1", "fsdp2"])
+def test_an_unused_expert_and_live_gradients_cost_no_moments_on_ranks(wrapping, tmp_path):
+    passed(run_ranks(2, unused_expert, str(tmp_path), wrapping))
+
+
+class Invented(torch.optim.Optimizer):
+    def __init__(self, parameters: Any, make: Any) -> None:
+        self.make = make
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter].update(self.make(parameter))
+
+
+def refused() -> list[str]:
+    makes = {
+        "factored": lambda p: {"row": p.to_local().float().sum(-1)},
+        "quantised": lambda p: {"codes": p.to_local().to(torch.uint8)},
+        "scalar": lambda p: {"scale": p.to_local().abs().max()},
+        "number": lambda p: {"scale": float(p.to_local().abs().max())},
+        "partial": lambda p: {"norm": p.sum()},
+    }
+    messages = []
+    for make in makes.values():
+        model = fsdp2(nn.Linear(8, 8, bias=False))
+        optimizer = Invented(model.parameters(), make)
+        try:
+            OptimizerState(model, optimizer).state_dict()
+        except UnsupportedState as error:
+            messages.append(error.key)
+    return messages
+
+
+def test_state_that_is_one_ranks_own_beside_a_sharded_parameter_is_refused_by_name():
+    keys = [f"state.weight.{name}" for name in ("row", "codes", "scale", "scale", "norm")]
+    assert run_ranks(2, refused) == [keys] * 2
+
+
+def round_trips(directory: str) -> None:
+    def make(parameter: torch.Tensor) -> dict[str, Any]:
+        assert isinstance(parameter, DTensor)
+        whole = parameter.full_tensor()
+        return {
+            "step": torch.tensor(4.0),
+            "num_updates": 4,
+            "codes": (parameter * 100).to(torch.int8),
+            "norm": DTensor.from_local(whole.norm(), parameter.device_mesh),
+        }
+
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = fsdp2(nn.Linear(8, 3))
+        models.append((model, Invented(model.parameters(), make)))
+    (model, optimizer), (fresh, again) = models
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    dcp.save({"o": OptimizerState(model, optimizer)}, checkpoint_id=directory)
+    loaded = OptimizerState(fresh, again)
+    dcp.load({"o": loaded}, checkpoint_id=directory)
+    assert_same(leaves(loaded.state_dict()), leaves(OptimizerState(model, optimizer).state_dict()))
+    assert again.state[fresh.weight]["codes"].dtype == torch.int8
+
+
+def test_sharded_8_bit_state_and_replicated_scalars_come_back(tmp_path):
+    passed(run_ranks(2, round_trips, str(tmp_path)))
+
+
+def factored() -> str:
+    *_, state = parts("fsdp2", 1, torch.optim.Adafactor)
+    try:
+        state["optimizer"].state_dict()
+    except UnsupportedState as error:
+        return error.key
+    return "accepted"
+
+
+def test_adafactor_which_torch_can_not_step_on_shards_is_refused_by_name():
+    assert run_ranks(2, factored) == ["Adafactor"] * 2
+
+
+class FirstStage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 8)
+
+
+class LastStage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.lm_head = nn.Linear(8, 11, bias=False)
+
+
+def stages(directory: str) -> None:
+    rank, group = dist.get_rank(), dist.new_group()
+    make = FirstStage if rank == 0 else LastStage
+    torch.manual_seed(rank)
+    saved, fresh = make(), make()
+    optimizers = [torch.optim.AdamW(model.parameters()) for model in (saved, fresh)]
+    for parameter in saved.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers[0].step()
+    state = {"model": ModelState(saved, pp_group=group), "optimizer": OptimizerState(saved, optimizers[0])}
+    dcp.save(state, checkpoint_id=directory)
+    again = {"model": ModelState(fresh, pp_group=group), "optimizer": OptimizerState(fresh, optimizers[1])}
+    dcp.load(again, checkpoint_id=directory)
+    assert_same(values(again), values(state))
+
+    # A checkpoint of the undivided, tied model: no head, and the embedding is in another stage.
+    embedding = torch.full((11, 8), 3.0)
+    part = ModelState(make(), pp_group=group)
+    given = {"embed_tokens.weight": embedding} if rank == 0 else nn.LayerNorm(8).state_dict(prefix="norm.")
+    part.load_state_dict(dict(given))
+    judged = part.reconcile(frozenset({"lm_head.weight"}), frozenset())
+    if rank == 1:
+        assert torch.equal(part.model[0].lm_head.weight, embedding)
+        assert judged.instead == {"lm_head.weight": "embed_tokens.weight"}
+    assert judged.problems == ()
+
+
+def test_every_stage_of_a_pipeline_comes_back_and_a_head_is_taken_from_another_stages_embedding(tmp_path):
+    passed(run_ranks(2, stages, str(tmp_path)))
+
+
+class Adapted(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        layer = nn.Linear(4, 4).requires_grad_(False)
+        layer.lora_A = nn.Linear(4, 2, bias=False)
+        self.add_module(name, layer)
+
+
+def adapted_stages(directory: str) -> list[str]:
+    rank, group = dist.get_rank(), dist.new_group()
+    torch.manual_seed(rank)
+    saved, fresh = Adapted(f"layer_{rank}"), Adapted(f"layer_{rank}")
+    if rank == 1:
+        saved, fresh = nn.ModuleDict({"norm": saved}), nn.ModuleDict({"norm": fresh})
+    state = ModelState(saved, is_peft=True, pp_group=group).state_dict()
+    ModelState(fresh, is_peft=True, pp_group=group).load_state_dict(state)
+    assert_same(dict(snapshot_trained(fresh)), dict(snapshot_trained(saved)))
+    return sorted(state)
+
+
+def snapshot_trained(model: nn.Module) -> dict[str, Any]:
+    return leaves({n.replace("module.", ""): p for n, p in model.named_parameters() if p.requires_grad})
+
+
+def test_the_adapters_of_all_stages_are_joined_on_rank_0(tmp_path):
+    joined = ["base_model.model.layer_0.lora_A.weight", "base_model.model.norm.layer_1.lora_A.weight"]
+    assert passed(run_ranks(2, adapted_stages, str(tmp_path))) == [joined, []]
+
+
+def adapter(directory: str, wrapping: str) -> int:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+    alone = peft_models.build("score", 1)
+    peft_models.nudge(alone)
+    # The heads of a fresh model are random, and must be the saved one's after loading.
+    saved, fresh = (WRAPPINGS[wrapping](copy.deepcopy(m)) for m in (alone, peft_models.build("score", 2)))
+    part = ModelState(saved, is_peft=True)
+    state = part.state_dict()
+    assert all(type(value) is torch.Tensor and value.device.type == "cpu" for value in state.values())
+    dcp.save({"model": part}, checkpoint_id=directory)
+    again = ModelState(fresh, is_peft=True)
+    dcp.load({"model": again}, checkpoint_id=directory)
+    assert_same(again.state_dict(), state)
+    if dist.get_rank() == 0:
+        from peft import get_peft_model_state_dict
+
+        assert_same(state, get_peft_model_state_dict(alone, save_embedding_layers=False))
+    again = ModelState(WRAPPINGS[wrapping](peft_models.build("score", 3)), is_peft=True)
+    again.load_state_dict(state)
+    assert_same(again.state_dict(), state)
+    return len(state)
+
+
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp1", "fsdp2"])
+def test_an_adapter_is_whole_on_rank_0_and_loading_broadcasts_it(wrapping, tmp_path):
+    assert passed(run_ranks(2, adapter, str(tmp_path), wrapping)) == [5, 0]
+
+
+def untied_from_tied() -> list[str]:
+    *_, state = parts("fsdp2", 1)
+    saved = {
+        key: value.full_tensor() if isinstance(value, DTensor) else value
+        for key, value in snapshot(state["model"]).items()
+    }
+    *_, fresh = parts("fsdp2", 2, tied=False)
+    fresh["model"].load_state_dict(saved)
+    assert torch.equal(fresh["model"].state_dict()["lm_head.weight"].full_tensor(), saved["embed_tokens.weight"])
+    return list(fresh["model"].notes)
+
+
+def test_a_sharded_head_is_filled_from_the_embedding():
+    assert run_ranks(2, untied_from_tied) == [["lm_head.weight is taken from embed_tokens.weight"]] * 2

@@ -1,0 +1,134 @@
+"""Models and optimizers through save and restore: what is on one side only is judged before anything is loaded."""
+
+import pytest
+import torch
+from torch import nn
+
+from ray_stateful import ModelState, OptimizerState, checkpoint
+from ray_stateful.errors import StateMismatch
+
+
+class Model(nn.Module):
+    def __init__(self, *, tied=True, extra=False, width=4):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(7, width)
+        self.body = nn.Linear(width, width)
+        self.lm_head = nn.Linear(width, 7, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed_tokens.weight
+        if extra:
+            self.more = nn.Linear(width, 1)
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def forward(self, ids):
+        return self.lm_head(self.body(self.embed_tokens(ids)))
+
+
+def trained(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 30], gamma=0.5)
+    for step in range(2):
+        model(torch.tensor([[step, 2, 3]])).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return model, optimizer, scheduler
+
+
+def state_of(model, optimizer=None, scheduler=None):
+    state = {"model": ModelState(model)}
+    return state if optimizer is None else state | {"optimizer": OptimizerState(model, optimizer, scheduler)}
+
+
+def test_a_head_that_is_its_own_here_and_tied_in_the_checkpoint_is_loaded_from_the_embedding(tmp_path):
+    tied = Model()
+    checkpoint.save(state_of(tied), step=1, run=str(tmp_path))
+    untied = Model(tied=False)
+
+    checkpoint.restore(state_of(untied), run=str(tmp_path))
+
+    assert torch.equal(untied.lm_head.weight, tied.embed_tokens.weight)
+    assert torch.equal(untied.embed_tokens.weight, tied.embed_tokens.weight)
+    assert untied.lm_head.weight is not untied.embed_tokens.weight
+
+
+def test_optimizer_and_scheduler_go_on_and_milestones_keep_their_types(tmp_path):
+    objects = trained(Model())
+    checkpoint.save(state_of(*objects), step=2, run=str(tmp_path))
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.7)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [5], gamma=0.1)
+
+    report = checkpoint.restore(state_of(model, optimizer, scheduler), run=str(tmp_path))
+
+    assert scheduler.state_dict() == objects[2].state_dict()
+    assert type(scheduler.milestones) is type(objects[2].milestones)
+    assert optimizer.param_groups[0]["lr"] == objects[1].param_groups[0]["lr"]
+    for ours, theirs in zip(model.parameters(), objects[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert all(torch.equal(optimizer.state[ours][key], value) for key, value in objects[1].state[theirs].items())
+    assert "AdamW" in str(report)
+
+
+def test_every_mismatch_is_listed_in_one_error_before_anything_is_touched(tmp_path):
+    checkpoint.save(state_of(Model(extra=True)), step=1, run=str(tmp_path))
+    other = Model(tied=False, width=5)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+
+    with pytest.raises(StateMismatch) as caught:
+        checkpoint.restore(state_of(other), run=str(tmp_path))
+
+    text = str(caught.value)
+    assert "more.weight" in text
+    assert "more.bias" in text
+    assert "shape (7, 5) here, (7, 4) in the checkpoint" in text
+    assert "model.body.weight" in text
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+class Whatever:
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self):
+        return self.value
+
+    def load_state_dict(self, value):
+        self.value = value
+
+
+def test_a_tensor_that_is_part_of_another_value_in_the_checkpoint_is_a_mismatch(tmp_path):
+    weights = ModelState(Model()).state_dict()
+    without_body = {key: value for key, value in weights.items() if not key.startswith("body.")}
+    checkpoint.save({"model": Whatever({**without_body, "body": {"no": 1}})}, step=1, run=str(tmp_path))
+
+    with pytest.raises(StateMismatch, match=r"body\.weight"):
+        checkpoint.restore(state_of(Model()), run=str(tmp_path))
+
+
+def test_a_scheduler_that_is_only_in_the_checkpoint_is_said_and_left_alone(tmp_path):
+    objects = trained(Model())
+    checkpoint.save(state_of(*objects), step=2, run=str(tmp_path))
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    report = checkpoint.restore(state_of(model, optimizer), run=str(tmp_path))
+
+    assert "scheduler, and there is none here: not loaded" in str(report)
+
+
+def test_a_parameter_that_was_frozen_since_or_before_has_no_state_and_both_are_said(tmp_path):
+    objects = trained(Model())
+    checkpoint.save(state_of(*objects), step=2, run=str(tmp_path))
+    model = Model()
+    model.body.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    report = checkpoint.restore(
+        {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}, run=str(tmp_path)
+    )
+
+    assert torch.equal(model.body.weight, objects[0].body.weight)
+    assert "body" in str(report)

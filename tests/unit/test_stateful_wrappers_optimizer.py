@@ -1,0 +1,403 @@
+"""OptimizerState, without a process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+from ray_stateful.errors import UnsupportedState
+from ray_stateful.stateful_wrappers import ModelState, OptimizerState
+from tests.ranks.wrapper_models import Tied, assert_same, leaves, train
+from tests.transfer import snapshot, transfer
+
+# Stock DCP says so whenever it saves or loads without a process group.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+OPTIMIZERS = {
+    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "Adafactor": lambda p: torch.optim.Adafactor(p),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, amsgrad=True),
+    "ASGD": lambda p: torch.optim.ASGD(p),
+    "NAdam": lambda p: torch.optim.NAdam(p),
+    "RAdam": lambda p: torch.optim.RAdam(p),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True),
+    "Rprop": lambda p: torch.optim.Rprop(p),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "SGD with dampening": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
+    "Adam with a tensor lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
+}
+
+
+class WithUnused(Tied):
+    """Has an expert that no token is sent to."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        self.expert = nn.Linear(8, 8)
+
+
+def decayed(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: {k: leaves(v)[""] for k, v in s.items()} for parameter, s in optimizer.state.items() if s}
+
+
+@pytest.mark.parametrize("way", ["dcp", "restore", "direct"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_of_torch_goes_on_as_if_it_had_not_stopped(name, way, tmp_path):
+    saved, fresh = WithUnused(1), WithUnused(2)
+    fresh.load_state_dict(saved.state_dict())
+    optimizer, scheduler = OPTIMIZERS[name](saved.parameters()), None
+    if name != "Adam with a tensor lr":
+        scheduler = decayed(optimizer)
+    train(saved, optimizer, scheduler)
+    again = OPTIMIZERS[name](fresh.parameters())
+    scheduler_again = None if scheduler is None else decayed(again)
+    before = {
+        "model": ModelState(saved),
+        "optimizer": OptimizerState(saved, optimizer, scheduler),
+    }
+    after = {"model": ModelState(fresh), "optimizer": OptimizerState(fresh, again, scheduler_again)}
+    if way == "dcp":
+        # Dampened momentum has no value that means "none yet": what never had a gradient is left out.
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=name == "SGD with dampening")
+        dcp.save(before, checkpoint_id=tmp_path)
+        dcp.load(after, checkpoint_id=tmp_path, planner=planner)
+    elif way == "restore":
+        assert all(transfer(snapshot(before[key]), after[key]).problems == () for key in before)
+    else:
+        for key in before:
+            after[key].load_state_dict(before[key].state_dict())
+            # Trained on in turns below: state shared with the optimizer it came from would be stepped twice.
+    found, expected = state_by_name(fresh, again), state_by_name(saved, optimizer)
+    if name == "SGD with momentum" or (name, way) == ("SGD with dampening", "dcp"):
+        # Without dampening, a buffer of zeros steps as none does; with it, stock DCP can't say what it did not load.
+        assert not any(value.any() for key in found.keys() - expected.keys() for value in found.pop(key).values())
+    assert_same(leaves(found), leaves(expected))
+    train(saved, optimizer, scheduler)
+    train(fresh, again, scheduler_again)
+    assert_same(dict(fresh.state_dict()), dict(saved.state_dict()))
+
+
+def test_keys_are_dcps_flat_ones_by_parameter_name():
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer)
+    ours = OptimizerState(model, optimizer).state_dict()
+    theirs = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    assert set(ours) == {"optim"}
+    assert_same(leaves(ours["optim"]), leaves(dict(theirs)))
+
+
+def test_the_nested_layout_loads_too_and_numbered_parameters_are_refused():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer, again = torch.optim.AdamW(saved.parameters(), lr=0.5), torch.optim.AdamW(fresh.parameters())
+    train(saved, optimizer)
+    OptimizerState(fresh, again).load_state_dict({"optim": get_optimizer_state_dict(saved, optimizer)})
+    assert_same(leaves(state_by_name(fresh, again)), leaves(state_by_name(saved, optimizer)))
+    assert again.param_groups[0]["lr"] == 0.5
+    with pytest.raises(ValueError, match="by number"):
+        OptimizerState(fresh, again).load_state_dict({"optim": optimizer.state_dict()})
+
+
+def test_asking_for_state_changes_nothing_and_runs_no_hook():
+    model = WithUnused(1)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.5)
+    ran = []
+    optimizer.register_step_post_hook(lambda *args: ran.append(args))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.zeros(1, 2, dtype=torch.int64)).sum().backward()
+    gradient = model.scale.grad
+    OptimizerState(model, optimizer).state_dict()
+    assert ran == []
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert model.scale.grad is gradient
+    assert_same(dict(model.state_dict()), before)
+
+
+def test_live_gradients_neither_cost_the_moments_nor_get_lost():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer, again = torch.optim.AdamW(saved.parameters()), torch.optim.AdamW(fresh.parameters())
+    train(saved, optimizer)
+    fresh(torch.zeros(1, 2, dtype=torch.int64)).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in fresh.named_parameters()}
+    assert transfer(snapshot(OptimizerState(saved, optimizer)), OptimizerState(fresh, again)).notes == ()
+    assert_same(leaves(state_by_name(fresh, again)), leaves(state_by_name(saved, optimizer)))
+    assert all(parameter.grad is gradients[name] for name, parameter in fresh.named_parameters())
+
+
+def test_a_parameter_without_a_gradient_has_no_state_before_and_after(tmp_path):
+    saved, fresh = WithUnused(1), WithUnused(2)
+    optimizer, again = torch.optim.AdamW(saved.parameters()), torch.optim.AdamW(fresh.parameters())
+    train(saved, optimizer)
+    dcp.save({"o": OptimizerState(saved, optimizer)}, checkpoint_id=tmp_path)
+    dcp.load({"o": OptimizerState(fresh, again)}, checkpoint_id=tmp_path)
+    assert fresh.expert.weight not in again.state
+    assert again.state[fresh.scale]["step"] == 3
+
+
+def test_a_layer_frozen_before_starts_fresh_with_a_note():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    saved.blocks[0].requires_grad_(False)
+    optimizer, again = torch.optim.AdamW(saved.parameters()), torch.optim.AdamW(fresh.parameters())
+    train(saved, optimizer)
+    judged = transfer(snapshot(OptimizerState(saved, optimizer)), OptimizerState(fresh, again))
+    assert judged.problems == ()
+    assert any("blocks.0.down.bias" in note and "starts fresh" in note for note in judged.notes)
+    assert fresh.blocks[0].up.weight not in again.state
+    assert again.state[fresh.blocks[1].up.weight]["step"] == 3
+
+
+def test_a_layer_frozen_now_is_a_note():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer = torch.optim.AdamW(saved.parameters())
+    train(saved, optimizer)
+    fresh.blocks[0].requires_grad_(False)
+    again = torch.optim.AdamW(fresh.parameters())
+    judged = transfer(snapshot(OptimizerState(saved, optimizer)), OptimizerState(fresh, again))
+    assert judged.problems == ()
+    assert any("frozen here: not loaded" in note for note in judged.notes)
+
+
+def test_a_layer_not_optimized_now_is_a_note():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer, again = torch.optim.AdamW(saved.parameters()), torch.optim.AdamW(fresh.blocks.parameters())
+    train(saved, optimizer)
+    judged = transfer(snapshot(OptimizerState(saved, optimizer)), OptimizerState(fresh, again))
+    assert judged.problems == ()
+    assert any("not optimized here" in note for note in judged.notes)
+
+
+def test_part_of_a_parameters_state_is_a_problem():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer, again = torch.optim.AdamW(saved.parameters()), torch.optim.AdamW(fresh.parameters())
+    train(saved, optimizer)
+    flat = snapshot(OptimizerState(saved, optimizer))
+    del flat["optim.state.scale.exp_avg"]
+    judged = transfer(flat, OptimizerState(fresh, again))
+    assert judged.problems == ("state.scale.exp_avg is not in the checkpoint, but other state of its parameter is",)
+
+
+def test_the_state_of_another_kind_of_optimizer_is_a_problem():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer, again = torch.optim.AdamW(saved.parameters()), torch.optim.SGD(fresh.parameters())
+    train(saved, optimizer)
+    judged = transfer(snapshot(OptimizerState(saved, optimizer)), OptimizerState(fresh, again))
+    assert "state.scale.exp_avg is in the checkpoint, but the optimizer here keeps no such state" in judged.problems
+
+
+def test_one_group_may_become_two_in_another_order():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer = torch.optim.AdamW(saved.parameters(), lr=0.3, betas=(0.5, 0.6))
+    train(saved, optimizer)
+    parameters = list(fresh.parameters())[::-1]
+    again = torch.optim.AdamW([{"params": parameters[:4]}, {"params": parameters[4:], "lr": 9.0}])
+    assert transfer(snapshot(OptimizerState(saved, optimizer)), OptimizerState(fresh, again)).problems == ()
+    assert_same(leaves(state_by_name(fresh, again)), leaves(state_by_name(saved, optimizer)))
+    assert [group["lr"] for group in again.param_groups] == [0.3, 0.3]
+    assert [group["betas"] for group in again.param_groups] == [(0.5, 0.6)] * 2
+
+
+def test_two_groups_that_differ_can_not_become_one():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    first, *rest = saved.parameters()
+    optimizer = torch.optim.AdamW([{"params": [first]}, {"params": rest, "lr": 0.5}])
+    train(saved, optimizer)
+    again = torch.optim.AdamW(fresh.parameters())
+    with pytest.raises(ValueError, match=r"scale\.lr' is 0\.001 and .*weight\.lr' is 0\.5"):
+        transfer(snapshot(OptimizerState(saved, optimizer)), OptimizerState(fresh, again))
+    assert not again.state
+
+
+def test_several_optimizers_and_schedulers_are_all_saved(tmp_path):
+    def build(seed: int) -> tuple[nn.Module, list[torch.optim.Optimizer], list[Any]]:
+        model = Tied(seed=seed, tied=False)
+        optimizers = [
+            torch.optim.AdamW(model.blocks.parameters()),
+            torch.optim.SGD([model.embed_tokens.weight, model.scale, model.lm_head.weight], lr=0.1, momentum=0.9),
+        ]
+        return model, optimizers, [decayed(optimizer) for optimizer in optimizers]
+
+    saved, optimizers, schedulers = build(1)
+    for _ in range(2):
+        saved(torch.arange(4)[None]).sum().backward()
+        [optimizer.step() for optimizer in optimizers]
+        schedulers[1].step()
+    fresh, again, schedulers_again = build(2)
+    state = OptimizerState(fresh, again, schedulers_again)
+    dcp.save({"o": OptimizerState(saved, optimizers, schedulers)}, checkpoint_id=tmp_path)
+    dcp.load({"o": state}, checkpoint_id=tmp_path)
+    for one, other in zip(optimizers, again, strict=True):
+        assert_same(leaves(state_by_name(fresh, other)), leaves(state_by_name(saved, one)))
+    assert [scheduler.last_epoch for scheduler in schedulers_again] == [0, 2]
+    assert (
+        state.describe() == "AdamW, 1 group; SGD, 1 group; scheduler LambdaLR at step 0; scheduler LambdaLR at step 2"
+    )
+
+
+def test_one_optimizer_over_parts_with_equal_names_keeps_them_apart(tmp_path):
+    saved, fresh = ([nn.Linear(2, 2), nn.Linear(2, 2)] for _ in range(2))
+    optimizers = [torch.optim.AdamW([p for part in parts for p in part.parameters()]) for parts in (saved, fresh)]
+    saved[1](saved[0](torch.ones(1, 2))).sum().backward()
+    optimizers[0].step()
+    dcp.save({"o": OptimizerState(saved, optimizers[0])}, checkpoint_id=tmp_path)
+    dcp.load({"o": OptimizerState(fresh, optimizers[1])}, checkpoint_id=tmp_path)
+    for one, other in zip(saved, fresh, strict=True):
+        assert torch.equal(optimizers[1].state[other.weight]["exp_avg"], optimizers[0].state[one.weight]["exp_avg"])
+
+
+def test_one_parameter_in_two_optimizers_is_refused():
+    model = nn.Linear(2, 2)
+    optimizers = [torch.optim.SGD(model.parameters()) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"two optimizers hold the parameter of 'param_groups\.bias"):
+        OptimizerState(model, optimizers).state_dict()
+
+
+def test_a_parameter_of_another_model_is_refused():
+    optimizer = torch.optim.SGD(nn.Linear(2, 3).parameters())
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 of SGD, of shape \(3, 2\), is not in the model"):
+        OptimizerState(nn.Linear(2, 3), optimizer).state_dict()
+
+
+class Homemade:
+    """A scheduler of no known base class."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_steps = state["num_steps"]
+
+
+def test_anything_with_a_state_dict_is_a_scheduler():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    saved, fresh = Homemade(), Homemade()
+    saved.num_steps = 7
+    assert (
+        transfer(snapshot(OptimizerState(model, optimizer, saved)), OptimizerState(model, optimizer, fresh)).notes == ()
+    )
+    assert fresh.num_steps == 7
+
+
+def test_a_scheduler_missing_from_the_checkpoint_is_reported_and_not_fatal():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer, again = torch.optim.AdamW(saved.parameters(), lr=0.25), torch.optim.AdamW(fresh.parameters())
+    train(saved, optimizer)
+    part = OptimizerState(fresh, again, decayed(again))
+    judged = transfer(snapshot(OptimizerState(saved, optimizer)), part)
+    assert judged.problems == ()
+    assert any("no scheduler in the checkpoint" in note for note in judged.notes)
+    assert any("initial_lr" in note for note in judged.notes)
+    assert "LambdaLR is not in the checkpoint" in part.describe()
+    assert again.param_groups[0]["lr"] == 0.25
+
+
+def test_a_scheduler_only_in_the_checkpoint_is_reported_and_not_fatal():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer, again = torch.optim.AdamW(saved.parameters()), torch.optim.AdamW(fresh.parameters())
+    judged = transfer(snapshot(OptimizerState(saved, optimizer, decayed(optimizer))), OptimizerState(fresh, again))
+    assert judged.problems == ()
+    assert any("there is none here" in note for note in judged.notes)
+
+
+def test_the_schedule_and_the_learning_rate_do_not_restart(tmp_path):
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        model = Tied()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        return model, optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [2])
+
+    saved, optimizer, scheduler = build()
+    train(saved, optimizer, scheduler, num_steps=4)
+    fresh, again, scheduler_again = build()
+    dcp.save({"o": OptimizerState(saved, optimizer, scheduler)}, checkpoint_id=tmp_path)
+    dcp.load({"o": OptimizerState(fresh, again, scheduler_again)}, checkpoint_id=tmp_path)
+    train(saved, optimizer, scheduler, num_steps=3)
+    train(fresh, again, scheduler_again, num_steps=3)
+    assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert scheduler_again.state_dict().keys() == scheduler.state_dict().keys()
+
+
+class Invented(torch.optim.Optimizer):
+    """Keeps whatever `make` gives as the state of each parameter."""
+
+    def __init__(self, parameters: Any, make: Any) -> None:
+        self.make = make
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter].update(self.make(parameter))
+
+
+def test_8_bit_state_comes_back_in_8_bits_and_float32_moments_of_bfloat16_stay_float32(tmp_path):
+    def make(seed: int) -> Any:
+        def state(parameter: torch.Tensor) -> dict[str, Any]:
+            generator = torch.Generator().manual_seed(seed)
+            return {
+                "step": seed,
+                "codes": torch.randint(0, 255, parameter.shape, generator=generator).to(torch.uint8),
+                "absmax": torch.rand(3, generator=generator),
+                "scale": torch.rand((), generator=generator, dtype=torch.float64),
+                "inner": {"mean": torch.rand(parameter.shape, generator=generator)},
+            }
+
+        return state
+
+    saved, fresh = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4).bfloat16()
+    optimizer, again = Invented(saved.parameters(), make(1)), Invented(fresh.parameters(), make(2))
+    saved(torch.ones(1, 4).bfloat16()).sum().backward()
+    optimizer.step()
+    dcp.save({"o": OptimizerState(saved, optimizer)}, checkpoint_id=tmp_path)
+    dcp.load({"o": OptimizerState(fresh, again)}, checkpoint_id=tmp_path)
+    assert_same(leaves(again.state[fresh.weight]), leaves(optimizer.state[saved.weight]))
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ([torch.ones(2)], "a list"),
+        (object(), "a object"),
+        (torch.ones(2).as_subclass(nn.Buffer), "a tensor of type Buffer"),
+    ],
+)
+def test_state_without_a_meaning_elsewhere_is_refused_by_name(value, found):
+    model = nn.Linear(2, 2)
+    optimizer = Invented(model.parameters(), lambda parameter: {})
+    optimizer.state[model.weight]["history"] = value
+    with pytest.raises(UnsupportedState, match=rf"^state\.weight\.history: .*{found}"):
+        OptimizerState(model, optimizer).state_dict()
+
+
+def test_an_optimizer_over_all_parameters_at_once_is_refused_by_name():
+    model = nn.Linear(2, 2)
+    with pytest.raises(UnsupportedState, match="LBFGS"):
+        OptimizerState(model, torch.optim.LBFGS(model.parameters())).state_dict()
+
+
+def test_offloaded_state_loads_into_the_optimizers_own_tensors():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer, again = torch.optim.AdamW(saved.parameters()), torch.optim.AdamW(fresh.parameters())
+    train(saved, optimizer)
+    OptimizerState(fresh, again, cpu_offload=True).load_state_dict(
+        OptimizerState(saved, optimizer, cpu_offload=True).state_dict()
+    )
+    assert_same(leaves(state_by_name(fresh, again)), leaves(state_by_name(saved, optimizer)))

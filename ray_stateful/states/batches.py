@@ -1,0 +1,276 @@
+"""The order of the samples, whatever the number of workers: global batches, and each worker's share of them.
+
+A position in an epoch means the same in every world, so a run that was saved by four workers goes on with three: the
+global batch is kept and split anew. How it is split is decided in `shares`, by pure functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+import torch.distributed as dist
+
+from ray_stateful.errors import StateMismatch
+from ray_stateful.states.paired import PairedBatch, paired
+from ray_stateful.states.permutation import Permutation
+from ray_stateful.states.shares import GlobalBatch, MicroBatch, share_of, split_evenly
+
+Change = Literal["global_batch_size", "length"]
+T = TypeVar("T")
+
+
+class GlobalBatchSampler:
+    """A shuffled order of a map-style dataset that does not depend on the number of workers.
+
+    ```python
+    for epoch in range(batches.epoch, num_epochs):
+        for batch in batches:                       # from the position up to the end of the epoch
+            for micro in accumulate(model, batch):
+                (loss_fn(model, dataset[micro.indices]).sum() * micro.loss_scale).backward()
+            optimizer.step(); optimizer.zero_grad()
+            checkpointer.step()                     # or batches.on_step(step=...): counts the batch as trained
+    ```
+
+    With a DataLoader, which may have workers and prefetch as it likes:
+
+    ```python
+    loader = DataLoader(dataset, batch_sampler=batches.micro_batches(), num_workers=4)
+    for batch in batches.paired_with(loader):
+        for micro, data in accumulate(model, batch):
+            (loss_fn(model, data).sum() * micro.loss_scale).backward()
+    ```
+
+    The state is the same on every rank and counts what was trained. The seed is part of it: a resumed run keeps the
+    checkpoint's. Batch statistics (BatchNorm, balancing of experts) see micro-batches, as they do with any sampler.
+
+    Args:
+        length: Samples in the dataset, at least one.
+        global_batch_size: Samples per optimizer step, over all workers.
+        micro_batch_size: Samples per forward pass of one worker, at most; may be another one in a resumed run.
+        drop_last: Leave out the end of an epoch that does not fill a global batch. Else it is a short one, weighted
+            as such.
+        rank, world_size: Among the workers that have different data: with tensor parallelism, of the data axis of the
+            mesh. Those of `torch.distributed` if it is initialised, else a world of one.
+        allow_change: What may differ from the checkpoint. Another `"global_batch_size"` applies from the position on,
+            while schedulers keep counting steps. Another `"length"` is another order, so the epoch ends there.
+
+    Attributes:
+        epoch: Of the position, from 0.
+        position: Samples trained in this epoch.
+        samples: Samples trained in all.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        allow_change: Collection[Change] = (),
+    ) -> None:
+        for name, value in [
+            ("length", length),
+            ("global_batch_size", global_batch_size),
+            ("micro_batch_size", micro_batch_size),
+        ]:
+            if value < 1:
+                raise ValueError(f"{name}={value} leaves nothing to train on: give at least 1")
+        if drop_last and length < global_batch_size:
+            raise ValueError(
+                f"drop_last leaves nothing of length={length} with global_batch_size={global_batch_size}: "
+                "give a smaller global batch, or drop_last=False"
+            )
+        unknown = sorted(set(allow_change) - {"global_batch_size", "length"})
+        if unknown:
+            raise ValueError(f"allow_change={unknown} names nothing that could change: 'length', 'global_batch_size'")
+        in_group = dist.is_available() and dist.is_initialized()
+        self.world_size = world_size if world_size is not None else dist.get_world_size() if in_group else 1
+        self.rank = rank if rank is not None else dist.get_rank() if in_group else 0
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank={self.rank} is not in a world of {self.world_size}: give both, or neither")
+        self.length = length
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.seed = seed
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.position = 0
+        self.samples = 0
+        self._allow_change = frozenset(allow_change)
+        self._changes: tuple[str, ...] = ()
+        self._num_loads = 0
+
+    def __iter__(self) -> Iterator[GlobalBatch]:
+        """The global batches from here to the end of the epoch, each to be counted by `on_step` before the next."""
+        epoch = self.epoch
+        while self.epoch == epoch:
+            batch, loads = self._batch(epoch, self.position), self._num_loads
+            expected = self._after(epoch, self.position)
+            yield batch
+            self._check_not_loaded_since(loads)
+            if (self.epoch, self.position) != expected:
+                raise RuntimeError(
+                    f"after the batch at sample {batch.position} of epoch {epoch}, the run should stand at (epoch, "
+                    f"sample) {expected} and stands at {(self.epoch, self.position)}: call Checkpointer.step, or "
+                    "on_step, exactly once for every batch, also for one that is passed over"
+                )
+
+    def __len__(self) -> int:
+        """Global batches from here to the end of the epoch."""
+        remaining = self.length - self.position
+        return remaining // self.global_batch_size if self.drop_last else -(-remaining // self.global_batch_size)
+
+    def micro_batches(self) -> MicroBatchView:
+        """The micro-batches of the rest of the epoch as lists of indices: a DataLoader's `batch_sampler`."""
+        return MicroBatchView(self)
+
+    def paired_with(self, loader: Iterable[T]) -> Iterator[PairedBatch[T]]:
+        """As iterating over the sampler, with each micro-batch's data beside it.
+
+        The loader is started at the first `next`, under a random seed of its own: (seed, epoch, position, rank). A
+        DataLoader draws its workers' seeds from torch's global stream, so a run that is resumed in mid-epoch, and
+        starts it once more, would go on with other dropout masks than the run that was not interrupted.
+
+        Args:
+            loader: Gives the data of `micro_batches()` in order: a DataLoader that has it as `batch_sampler`.
+        """
+        view = getattr(loader, "batch_sampler", None)
+        if isinstance(view, MicroBatchView) and view.batches is not self:
+            raise ValueError("the loader's batch_sampler is a view of another sampler: give it batches.micro_batches()")
+        return paired(iter(self), loader, lambda: (self.seed, self.epoch, self.position, self.rank))
+
+    def on_step(self, *, step: int) -> None:
+        """Count the global batch at the position as trained; `step` is not used, since position says it all."""
+        self.samples += self._num_samples(self.position)
+        self.epoch, self.position = self._after(self.epoch, self.position)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "samples": self.samples,
+            "seed": self.seed,
+            "length": self.length,
+            "global_batch_size": self.global_batch_size,
+        }
+
+    def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """What keeps `saved` from being loaded, one line each; changes nothing."""
+        effects: dict[Change, str] = {
+            "length": "ends the epoch where it stands, because another length is another order",
+            "global_batch_size": "changes what a step means to schedulers and learning rate",
+        }
+        return tuple(
+            f"{name} was {saved[name]} and is {getattr(self, name)}: this {effect}; give {name}={saved[name]}, or "
+            f"allow_change=[{name!r}]"
+            for name, effect in effects.items()
+            if saved[name] != getattr(self, name) and name not in self._allow_change
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was saved, by any number of workers.
+
+        Raises:
+            StateMismatch: the dataset's length or the global batch changed, and `allow_change` does not name it.
+        """
+        problems = self.check_saved(state_dict)
+        if problems:
+            raise StateMismatch("of the batches", problems)
+        changes = [
+            f"{name.replace('_', ' ')} {state_dict[name]:,} -> {getattr(self, name):,}"
+            for name in ("length", "global_batch_size")
+            if state_dict[name] != getattr(self, name)
+        ]
+        if state_dict["seed"] != self.seed:
+            changes.append(f"seed {state_dict['seed']} of the checkpoint, not {self.seed}")
+        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
+        self.samples, self.seed = state_dict["samples"], state_dict["seed"]
+        if self.position and (state_dict["length"] != self.length or self._num_samples(self.position) == 0):
+            self.epoch, self.position = self.epoch + 1, 0
+            changes.append(f"epoch {self.epoch - 1} ended early")
+        self._changes = tuple(changes)
+        self._num_loads += 1
+
+    def describe(self) -> str:
+        shares = split_evenly(self.global_batch_size, self.world_size)
+        split = " + ".join(str(size) for size in shares)
+        if self.world_size > 4:
+            split = " + ".join(f"{shares.count(size)} x {size}" for size in sorted(set(shares), reverse=True))
+        where = f"epoch {self.epoch}, sample {self.position:,} of {self.length:,}"
+        return "; ".join([where, f"global batch {self.global_batch_size} kept as {split}", *self._changes])
+
+    def _num_samples(self, position: int) -> int:
+        """Of the global batch at `position`; 0 if the epoch ends there."""
+        remaining = self.length - position
+        if remaining < self.global_batch_size:
+            return 0 if self.drop_last else remaining
+        return self.global_batch_size
+
+    def _after(self, epoch: int, position: int) -> tuple[int, int]:
+        position += self._num_samples(position)
+        return (epoch, position) if self._num_samples(position) else (epoch + 1, 0)
+
+    def _batch(self, epoch: int, position: int) -> GlobalBatch:
+        order = Permutation(self.length, seed=self.seed, epoch=epoch)
+        num_samples = self._num_samples(position)
+        micros = share_of(
+            range(position, position + num_samples),
+            rank=self.rank,
+            world_size=self.world_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+        indices = order.take(range(micros[0].start, micros[-1].stop)).tolist()
+        # A stand-in from this very batch: a sample whose loss is not finite would make 0.0 * loss a NaN, and this
+        # way it does so only where the batch itself is spoiled already.
+        stand_in = indices[:1] or [order[position]]
+        return GlobalBatch(
+            epoch=epoch,
+            position=position,
+            num_samples=num_samples,
+            micro_batches=tuple(
+                MicroBatch(
+                    indices=indices[micro.start - micros[0].start : micro.stop - micros[0].start],
+                    loss_scale=self.world_size / num_samples,
+                )
+                if micro
+                else MicroBatch(indices=stand_in, loss_scale=0.0, is_padding=True)
+                for micro in micros
+            ),
+        )
+
+    def _ahead(self) -> Iterator[GlobalBatch]:
+        """The rest of the epoch without waiting for steps: what is prefetched, and counts for nothing."""
+        at, epoch, loads = (self.epoch, self.position), self.epoch, self._num_loads
+        while at[0] == epoch:
+            yield self._batch(*at)
+            self._check_not_loaded_since(loads)
+            at = self._after(*at)
+
+    def _check_not_loaded_since(self, loads: int) -> None:
+        if self._num_loads != loads:
+            raise RuntimeError("a state was loaded while iterating: restore first, then make the iterator")
+
+
+class MicroBatchView:
+    """The micro-batches that a `GlobalBatchSampler` has in front of it, as lists of indices, counting nothing."""
+
+    def __init__(self, batches: GlobalBatchSampler) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches._ahead():
+            for micro in batch:
+                yield micro.indices
+
+    def __len__(self) -> int:
+        batches = self.batches
+        shares = split_evenly(batches.global_batch_size, batches.world_size)
+        # Only the last one of an epoch may be short.
+        full, short = divmod(batches.length - batches.position, batches.global_batch_size)
+        last = 0 if batches.drop_last else -(-short // batches.world_size)
+        return full * -(-shares[0] // batches.micro_batch_size) + -(-last // batches.micro_batch_size)

@@ -1,0 +1,52 @@
+"""Reduce gradients once per optimizer step: only with the last micro-batch, on every rank alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Protocol, TypeVar
+
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class MicroBatches(Protocol[T_co]):
+    """What `accumulate` takes: the micro-batches of one optimizer step, equally many on every rank."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[T_co]: ...
+
+
+def accumulate(model: nn.Module, batch: MicroBatches[T]) -> Iterator[T]:
+    """The micro-batches of `batch`, with the gradients of all but the last kept on their rank.
+
+    The body of the loop runs forward and backward, both: DDP decides in forward what backward reduces. Knows DDP, FSDP2
+    (`fully_shard`) and FSDP1, also below other modules; a plain module needs nothing.
+
+    FSDP keeps whole gradients, not shards, until the last micro-batch. Where that memory is not there, iterate over
+    `batch` itself: every micro-batch is reduced then, and the sum is the same.
+    """
+    num_left = len(batch)
+    for micro in batch:
+        num_left -= 1
+        with ExitStack() as unsynced:
+            if num_left:
+                _hold_back(model, unsynced)
+            yield micro
+
+
+def _hold_back(model: nn.Module, unsynced: ExitStack) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            # Each for itself: the outermost one may be below a module that is not sharded.
+            module.set_requires_gradient_sync(False, recurse=False)
+            unsynced.callback(module.set_requires_gradient_sync, True, recurse=False)
+        elif isinstance(module, DistributedDataParallel):
+            unsynced.enter_context(module.no_sync())
+        elif isinstance(module, FullyShardedDataParallel) and not name:
+            # FSDP1 allows it on the root only, which takes the others along.
+            unsynced.enter_context(module.no_sync())

@@ -1,0 +1,87 @@
+"""What a part of the state may say about itself. All of it is optional: any `Stateful` is a part.
+
+`save` and `restore` take a dict of name to part. A part with none of the classes below is saved under its name, key by
+key, one copy for all ranks, and gets back what was saved, structure and all. Say more by deriving from one of these:
+
+    StrictPart    its keys are known beforehand and must be those of the checkpoint (models, optimizers)
+    RankPart      its value differs from rank to rank, and it has a rule for another number of ranks (random streams)
+
+Any part may also have
+
+    describe() -> str                             one line for the resume report, asked after it was loaded
+    check_saved(saved) -> tuple[str, ...]         what keeps `saved` (tensors in it not yet filled) from being
+    loaded, one
+                                                  line each; asked before anything is loaded
+    on_step(step=...) -> None                     told by `Checkpointer.step` that an optimizer step was completed
+    samples: int                                  samples trained so far, for the manifest
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconciled:
+    """What a strict part says about the keys that are on one side only.
+
+    `problems` are fatal, one line a key; `notes` go to the resume report. `instead` maps a missing key to the key of
+    the checkpoint that is read into it.
+    """
+
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    instead: Mapping[str, str] = field(default_factory=dict)
+
+
+class StrictPart(ABC):
+    """A part whose state dict, before loading, already has the keys and tensors to be filled."""
+
+    @abstractmethod
+    def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:
+        """Judge the differences before anything is loaded. Called on every rank with the same sets.
+
+        Args:
+            missing: Flat keys of some rank's state dict, without this part's name, that the checkpoint lacks.
+            unexpected: Flat keys of the checkpoint under this part's name that no rank's state dict has.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """Who saved, and who restores. `step` counts the optimizer steps completed when it was saved."""
+
+    saved_world_size: int
+    world_size: int
+    rank: int
+    step: int
+
+    @property
+    def resized(self) -> bool:
+        return self.saved_world_size != self.world_size
+
+
+class RankPart(ABC):
+    """A part that is one value per rank, saved under `<name>.rank_<r>`.
+
+    At equal world size `load_state_dict` gets this rank's value back. At another, `resize` is asked instead.
+    `loads_last` is for what loading other parts may change: a random stream, from which they may draw.
+    """
+
+    loads_last: ClassVar[bool] = False
+    resized_as: ClassVar[str] = "resized"
+
+    @abstractmethod
+    def check_resize(self, name: str, world: World) -> None:
+        """Refuse another number of ranks, before anything is loaded. Called on every rank.
+
+        Raises:
+            ResizeRefused: there is no rule; names the part and what to do.
+        """
+
+    @abstractmethod
+    def resize(self, saved: Mapping[int, Mapping[str, Any]], world: World) -> str:
+        """Take a value for this rank from those of all saved ranks, and say in a few words how."""

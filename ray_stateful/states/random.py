@@ -1,0 +1,188 @@
+"""The random streams of one rank: exact on as many workers as saved them, derived on any other number.
+
+Each rank has streams of its own (dropout, augmentation), so they are saved per rank. Another world has other ranks: a
+fifth worker has no stream to go on with, and giving it a copy of another's would give two workers the same dropout.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ray_stateful.errors import StateMismatch
+from ray_stateful.states.derived import derived_seed
+from ray_stateful.states.part import RankPart, World
+
+Generator = torch.Generator | np.random.Generator | random.Random
+
+
+class _Stream(Protocol):
+    def get(self) -> Any: ...
+    def set(self, state: Any) -> None: ...
+    def reseed(self, seed: int) -> None: ...
+
+
+class RandomState(RankPart):
+    """Python's `random`, NumPy's global stream, torch's CPU and CUDA streams, and generators that you name.
+
+    On another number of workers every stream starts anew at `derived_seed("random", seed, step, rank, stream)`, 63 bits
+    of a SHA-256: the same for the same resume, different for every rank, stream and step.
+
+    Args:
+        generators: More streams, by name. They must be the same names when resuming.
+        seed: What derived streams come from; the same on every rank. A resumed run keeps the checkpoint's. Left out, it
+            is what rank 0's torch stream was seeded with.
+        devices: CUDA devices that this rank draws on. Left out, it is the current one, if CUDA is in use.
+    """
+
+    # Loading other parts may draw from these streams.
+    loads_last = True
+    resized_as = "re-seeded"
+
+    def __init__(
+        self,
+        generators: Mapping[str, Generator] | None = None,
+        *,
+        seed: int | None = None,
+        devices: Sequence[torch.device | int] | None = None,
+    ) -> None:
+        self._named = {name: _named(name, generator) for name, generator in (generators or {}).items()}
+        self._seed = seed
+        self._devices = None if devices is None else list(devices)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seed": torch.initial_seed() if self._seed is None else self._seed,
+            "streams": {name: stream.get() for name, stream in self._streams().items()},
+        }
+
+    def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """What keeps `saved` from being loaded at equal size, one line each; changes nothing."""
+        # Whether CUDA is in use yet is not the user's doing: a fresh process may not have touched it at this point.
+        ours = {f"generator {name}" for name in self._named}
+        theirs = {name for name in saved["streams"] if name.startswith("generator ")}
+        return tuple(
+            [f"{name} is not in the checkpoint: leave it out of generators=" for name in sorted(ours - theirs)]
+            + [f"{name} is in the checkpoint: give it in generators=" for name in sorted(theirs - ours)]
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with every stream exactly where it was.
+
+        Raises:
+            StateMismatch: the named generators are others than were saved.
+        """
+        problems = self.check_saved(state_dict)
+        if problems:
+            raise StateMismatch("of the random streams", problems)
+        streams = self._streams(state_dict)
+        for name, state in state_dict["streams"].items():
+            if name in streams:
+                streams[name].set(state)
+        self._seed = state_dict["seed"]
+
+    def check_resize(self, name: str, world: World) -> None:
+        """Any number of ranks will do."""
+
+    def resize(self, saved: Mapping[int, Mapping[str, Any]], world: World) -> str:
+        self._seed = saved[0]["seed"]
+        for name, stream in self._streams(saved[0]).items():
+            stream.reseed(derived_seed("random", self._seed, world.step, world.rank, name))
+        return (
+            f"{len(saved)} streams saved, {world.world_size} workers: "
+            f"derived from (seed {self._seed}, step {world.step}, rank)"
+        )
+
+    def _streams(self, saved: Mapping[str, Any] | None = None) -> dict[str, _Stream]:
+        streams: dict[str, _Stream] = {
+            "python": _Python(random._inst),  # what the functions of the module draw from
+            "numpy": _NumpyGlobal(),
+            "torch": _Torch(torch.default_generator),
+        }
+        for position, device in enumerate(
+            self._cuda_devices(wanted=saved is not None and "cuda 0" in saved["streams"])
+        ):
+            # By position: a rank that was placed elsewhere has its stream on a device of another number.
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # untyped in torch
+            streams[f"cuda {position}"] = _Torch(torch.cuda.default_generators[device])
+        return streams | {f"generator {name}": stream for name, stream in self._named.items()}
+
+    def _cuda_devices(self, *, wanted: bool) -> list[int]:
+        if not torch.cuda.is_available():
+            return []
+        if self._devices is not None:
+            return [d if isinstance(d, int) else torch.cuda._utils._get_device_index(d, True) for d in self._devices]
+        # Not asking about CUDA before it is in use: it would take memory of a device that this rank never touches.
+        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped in torch
+        return [torch.cuda.current_device()] if in_use or wanted else []
+
+
+class _Python:
+    def __init__(self, generator: random.Random) -> None:
+        self._generator = generator
+
+    def get(self) -> Any:
+        version, words, gauss = self._generator.getstate()
+        return {"version": version, "words": np.array(words, dtype=np.uint32), "gauss": gauss}
+
+    def set(self, state: Any) -> None:
+        self._generator.setstate((state["version"], tuple(int(word) for word in state["words"]), state["gauss"]))
+
+    def reseed(self, seed: int) -> None:
+        self._generator.seed(seed)
+
+
+class _NumpyGlobal:
+    def get(self) -> Any:
+        return np.random.get_state(legacy=False)
+
+    def set(self, state: Any) -> None:
+        np.random.set_state(state)
+
+    def reseed(self, seed: int) -> None:
+        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+
+
+class _Numpy:
+    def __init__(self, generator: np.random.Generator) -> None:
+        self._bits = generator.bit_generator
+
+    def get(self) -> Any:
+        return self._bits.state
+
+    def set(self, state: Any) -> None:
+        self._bits.state = state
+
+    def reseed(self, seed: int) -> None:
+        self._bits.state = type(self._bits)(seed).state
+
+
+class _Torch:
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def get(self) -> Any:
+        return self._generator.get_state()
+
+    def set(self, state: Any) -> None:
+        self._generator.set_state(state.cpu())
+
+    def reseed(self, seed: int) -> None:
+        self._generator.manual_seed(seed)
+
+
+def _named(name: str, generator: Generator) -> _Stream:
+    if isinstance(generator, torch.Generator):
+        return _Torch(generator)
+    if isinstance(generator, np.random.Generator):
+        return _Numpy(generator)
+    if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
+        return _Python(generator)
+    raise ValueError(
+        f"generator {name!r} is a {type(generator).__name__}, which has no state to save: "
+        "give a torch.Generator, a numpy.random.Generator or a random.Random"
+    )

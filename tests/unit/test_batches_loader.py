@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ray_stateful.states.batches import GlobalBatchSampler
+
+LENGTH = 103
+
+
+class Squares(Dataset):
+    def __getitem__(self, index):
+        return index, index * index
+
+    def __len__(self):
+        return LENGTH
+
+
+class Noise(Dataset):
+    """A dataset that draws in the worker, as augmentation does."""
+
+    def __getitem__(self, index):
+        return torch.rand(())
+
+
+def sampler(rank=0, world_size=1, saved=None):
+    batches = GlobalBatchSampler(
+        LENGTH, global_batch_size=16, micro_batch_size=3, seed=9, rank=rank, world_size=world_size
+    )
+    if saved is not None:
+        batches.load_state_dict(saved)
+    return batches
+
+
+def loader_of(batches, num_workers, dataset=None):
+    return DataLoader(dataset or Squares(), batch_sampler=batches.micro_batches(), num_workers=num_workers)
+
+
+def train(world_size, num_workers, num_steps, saved=None):
+    """Every rank's DataLoader in turn: what was trained, and the state after the last step."""
+    trained, states = [], []
+    for rank in range(world_size):
+        batches = sampler(rank, world_size, saved)
+        for steps, batch in enumerate(batches.paired_with(loader_of(batches, num_workers)), start=1):
+            for micro, (indices, squares) in batch:
+                assert indices.tolist() == micro.indices
+                assert torch.equal(squares, indices**2)
+                trained += [] if micro.is_padding else micro.indices
+            batches.on_step(step=steps)
+            if steps == num_steps:
+                break
+        states.append(batches.state_dict())
+    assert all(state == states[0] for state in states)
+    return trained, states[0]
+
+
+@pytest.mark.parametrize(("num_workers", "before", "after"), [(0, 3, 2), (2, 2, 3), (2, 1, 1)])
+def test_a_data_loader_that_prefetches_neither_loses_nor_repeats_a_sample_over_a_restart(num_workers, before, after):
+    first, saved = train(before, num_workers, num_steps=3)
+    assert saved["position"] == 48  # not 103, where the loader's workers were already
+    second, ended = train(after, num_workers, num_steps=None, saved=saved)
+
+    assert sorted(first + second) == list(range(LENGTH))
+    assert (ended["epoch"], ended["position"]) == (1, 0)
+
+
+def test_the_length_of_the_view_is_the_number_of_micro_batches_left():
+    for world_size in (1, 3, 20):
+        batches = sampler(0, world_size)
+        while batches.epoch == 0:
+            view = batches.micro_batches()
+            assert len(view) == sum(1 for _ in view) == len(loader_of(batches, 0))
+            batches.on_step(step=1)
+
+
+def test_a_rest_of_a_batch_that_was_passed_over_is_not_given_to_the_next_one():
+    batches = sampler()
+    for step, batch in enumerate(batches.paired_with(loader_of(batches, 0))):
+        for micro, (indices, _) in batch:
+            assert indices.tolist() == micro.indices
+            break
+        batches.on_step(step=step)
+
+    assert batches.epoch == 1
+
+
+def test_starting_a_loader_once_more_after_a_restart_does_not_shift_the_runs_random_stream():
+    batches = sampler()
+    before = torch.get_rng_state()
+    next(batches.paired_with(loader_of(batches, 0)))
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_draw_the_same_for_the_same_position_and_rank_and_otherwise_not():
+    def drawn(rank, position):
+        batches = sampler(rank, 2, sampler().state_dict() | {"position": position})
+        batch = next(batches.paired_with(loader_of(batches, 1, Noise())))
+        return torch.cat([data for _, data in batch])
+
+    first = drawn(0, 16)
+    torch.rand(5)
+
+    assert torch.equal(first, drawn(0, 16))
+    assert not torch.equal(first, drawn(1, 16))
+    assert not torch.equal(first, drawn(0, 32))
+
+
+def test_a_loader_of_another_sampler_or_one_that_ends_early_is_an_error():
+    batches = sampler()
+    with pytest.raises(ValueError, match="a view of another sampler"):
+        batches.paired_with(loader_of(sampler(), 0))
+
+    (batch,) = [next(batches.paired_with([1, 2, 3]))]
+    with pytest.raises(RuntimeError, match=r"the loader ended at the batch at sample 0 .*batch_sampler"):
+        list(batch)

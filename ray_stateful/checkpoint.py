@@ -1,0 +1,332 @@
+"""Saving and restoring a state: the one place where the order of steps is written.
+
+Both are collective: every rank calls them, with the same names in its state. A failure on one rank is raised on all
+of them, and every wait has a deadline.
+
+Saving
+  1. (all)     agree that this is the same step on every rank
+  2. (all)     collect the state dicts; a background save copies the local shards to host buffers, and training goes on
+  3. (rank 0)  names the directory, with an attempt of its own; broadcast; every rank prepares its report
+  4. (all, rank 0, all)  local plan, global plan, final plan; or the last save's, if all ranks have the same structure
+  5. (all)     stream the items to files, with checksums computed on the way
+  6. (all)     gather outcomes: one rank's failure is every rank's `SaveFailed`
+  7. (rank 0)  proves that the chunks cover every tensor, writes metadata and index, and last the manifest: the commit
+  8. (all)     share the outcome of 7; then every rank reports, or none does
+
+Restoring
+  1. (rank 0)  candidates, newest first; manifest and index of one are read there, and broadcast
+  2. (all)     match the state against the index, before either is touched
+  3. (all)     read this rank's shards and nothing else, each block checked before it is copied
+  4. (all)     share outcomes: one rank's damaged byte makes all ranks take the next candidate
+  5. (all)     hand the values to each part; random streams last
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
+from ray_stateful import parts, ray_train, restoring
+from ray_stateful.errors import NoIntactCheckpoint, ReportFailed, SaveFailed, UnevenSteps, UnsupportedState
+from ray_stateful.format.layout import MAX_STEP, CheckpointName
+from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks, current_rank
+from ray_stateful.report import ResumeReport, SaveReport
+from ray_stateful.restoring import Rejected
+from ray_stateful.runs import Run
+from ray_stateful.storage.commit import Description
+from ray_stateful.storage.plan_cache import PlanCache, agree, structure_digest, values_digests
+from ray_stateful.storage.planner import BalancedSavePlanner
+from ray_stateful.storage.ranges import ReadLimits
+from ray_stateful.storage.retries import RetryingStorage
+from ray_stateful.storage.staging import Staging
+from ray_stateful.storage.structure import meshes_of
+from ray_stateful.storage.uris import below
+from ray_stateful.storage.writer import DEFAULT_NUM_FILES, CheckpointWriter
+
+logger = logging.getLogger(__name__)
+
+
+def save(
+    state: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+    *,
+    step: int,
+    samples: int = 0,
+    run: Run | str | None = None,
+    num_files: int = DEFAULT_NUM_FILES,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> SaveReport:
+    """Save `state` as a new checkpoint of this run, commit it, and report it to Ray Train with `metrics`.
+
+    Args:
+        state: Name to part: anything with `state_dict` and `load_state_dict`. The same names on every rank.
+        metrics: Plain numbers and strings, reported together with the checkpoint.
+        step: Optimizer steps completed, the same on every rank.
+        samples: Samples trained, for the manifest.
+        run: Where to save: a directory or URI. By default the Ray Train run this worker belongs to.
+        num_files: Files each rank writes at a time.
+        timeout_s: How long this rank waits for the others in any one step.
+
+    Raises:
+        UnsupportedState, ValueError: the state is not one, on the ranks where it is not; before anything is written.
+        UnevenSteps: on every rank, before anything is written.
+        SaveFailed: on every rank; nothing was committed, and the next save can succeed.
+        ReportFailed: on every rank; the checkpoint is committed, but Ray does not know of it.
+        RankTimeout: a rank did not arrive in time.
+    """
+    run = ray_train.find_run(run)
+    saving = Saving(state, metrics, step=step, samples=samples, run=run, num_files=num_files)
+    ranks = Ranks.of_world(timeout_s)
+    saving.agree_on_step(ranks)
+    saving.collect()
+    saving.write(ranks)
+    return saving.report(ranks)
+
+
+class Saving:
+    """One save, in pieces that may run at different times: training need only stand still for `collect`.
+
+    Every rank calls all four, in this order: `agree_on_step` (or knows already), `collect`, `write`, `report`.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None,
+        *,
+        step: int,
+        samples: int,
+        run: Run,
+        num_files: int = DEFAULT_NUM_FILES,
+        plans: PlanCache | None = None,
+    ) -> None:
+        parts.check(state)
+        if not 0 <= step <= MAX_STEP:
+            raise ValueError(f"step is {step}; a checkpoint's name has room for 0 to {MAX_STEP:,}")
+        self._state, self._metrics, self._run = state, dict(metrics or {}), run
+        self._step, self._samples, self._num_files = step, samples, num_files
+        self._plans = plans or PlanCache()
+        self._planner = BalancedSavePlanner()
+        self._outcome = Outcome()
+        self._began = time.monotonic()
+        self._name, self._num_bytes, self._prepared = "", 0, None
+
+    def agree_on_step(self, ranks: Ranks) -> None:
+        """1. One step, or shards of different steps would be committed as one checkpoint.
+
+        Raises:
+            UnevenSteps, UnsupportedState: ranks are at different steps, or have different parts; on every rank.
+        """
+        everyone = ranks.all_gather_ints("agree on the step", [self._step, parts.names_digest(self._state)])
+        if len({step for step, _ in everyone}) > 1:
+            raise UnevenSteps({rank: step for rank, (step, _) in enumerate(everyone)})
+        _refuse_different_parts(self._state, [names for _, names in everyone])
+
+    def collect(self, staging: Staging | None = None) -> None:
+        """2.
+
+        Ask the parts; with `staging`, copy the shards as well. An error is kept, and raised everywhere by `write`.
+        """
+        # The rank matters to parts that have a value each, and is the same in every group of all ranks.
+        collected = parts.collect(self._state, current_rank(), self._outcome)
+        with self._outcome.catch():
+            self._planner.set_up_planner(collected)
+            if staging is not None:
+                self._planner.stage(staging)
+
+    def write(self, ranks: Ranks) -> None:
+        """3 to 7, and the first half of 8.
+
+        Raises:
+            SaveFailed: on every rank; nothing was committed.
+        """
+        outcome, planner, run = self._outcome, self._planner, self._run
+
+        # 3. A name that no other attempt has: shards of two attempts must never share a directory.
+        attempt = secrets.token_hex(3)
+        self._name = str(CheckpointName(self._step, ranks.broadcast("name the checkpoint", attempt)))
+        path = posixpath.join(run.path, self._name)
+
+        # 4. Whatever this rank can refuse, it refuses before anything is written.
+        plan = SavePlan([])
+        with outcome.catch():
+            if outcome.error is None:
+                self._prepared = run.prepare_report(self._metrics, self._name)
+                plan = planner.create_local_plan()
+        _agree(ranks, path, "plan", outcome)
+        plan, metadata = self._plan(ranks, path, plan)
+
+        # 5.
+        storage = run.storage.within(ranks.timeout_s) if isinstance(run.storage, RetryingStorage) else run.storage
+        writer = CheckpointWriter(path, storage, num_files=self._num_files, description=self._describe(ranks))
+        writer.set_up_storage_writer(ranks.rank == 0, rank=ranks.rank)
+        written: list[WriteResult] = []
+        with outcome.catch():
+            if planner.staged is not None:
+                planner.staged.wait()
+            written = writer.write_data(plan, planner).wait()
+
+        # 6.
+        _agree(ranks, path, "write", outcome)
+
+        # 7. Only rank 0 commits, and only with everyone's results in hand.
+        with outcome.catch():
+            results = ranks.gather("gather results", written)
+            if ranks.rank == 0:
+                assert metadata is not None
+                writer.finish(metadata, results)
+        _agree(ranks, path, "commit", outcome)
+        sizes = ranks.all_gather_ints("add up the sizes", [writer.num_bytes])
+        self._num_bytes = sum(size for (size,) in sizes)
+
+    def report(self, ranks: Ranks) -> SaveReport:
+        """8. A rank that reported alone would wait in ray.train.report for peers that never arrive.
+
+        Raises:
+            ReportFailed: on every rank; the checkpoint is committed.
+        """
+        outcome = Outcome()
+        with outcome.catch():
+            self._run.report(self._prepared)
+        failures = ranks.failures("report", outcome)
+        if failures:
+            path = posixpath.join(self._run.path, self._name)
+            raise ReportFailed(path, {rank: failure.text for rank, failure in failures.items()}) from outcome.error
+        report = SaveReport(
+            name=self._name,
+            uri=below(self._run.uri, self._name),
+            step=self._step,
+            num_bytes=self._num_bytes,
+            seconds=time.monotonic() - self._began,
+        )
+        if ranks.rank == 0:
+            logger.info("%s", report)
+        return report
+
+    def _plan(self, ranks: Ranks, path: str, plan: SavePlan) -> tuple[SavePlan, Metadata | None]:
+        """The items of this rank, and on rank 0 what there is altogether.
+
+        Twenty-four bytes a rank say whether all have the structure of the last save, and agree on the values: then
+        nothing that grows with the number of parameters is sent.
+        """
+        mine = [structure_digest(plan, ranks.world_size), *values_digests(plan)]
+        everyone = ranks.all_gather_ints("compare structures", mine)
+        structures = [structure for structure, _, _ in everyone]
+        cached = self._plans.find(structures)
+        if cached is not None and agree([(names, contents) for _, names, contents in everyone]):
+            return cached.plan, cached.metadata
+
+        metadata: Metadata | None = None
+        plans = ranks.gather("gather plans", plan)
+        with self._outcome.catch():
+            if ranks.rank == 0:
+                plans, metadata = self._planner.create_global_plan(plans)
+        _agree(ranks, path, "plan", self._outcome)
+        final = self._planner.finish_plan(ranks.scatter("scatter plans", plans))
+        self._plans.keep(structures, final, metadata)
+        return final, metadata
+
+    def _describe(self, ranks: Ranks) -> Description:
+        return Description(
+            world_size=ranks.world_size,
+            step=self._step,
+            samples=self._samples,
+            attempt=self._name.rpartition("_")[2],
+            parts=tuple(sorted(self._state)),
+            mesh=meshes_of(self._planner.state_dict.values()),
+            versions=_versions(),
+        )
+
+
+def restore(
+    state: Mapping[str, Any],
+    *,
+    checkpoint: Any = None,
+    verify: Literal["touched", "full"] = "touched",
+    run: Run | str | None = None,
+    limits: ReadLimits | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> ResumeReport | None:
+    """Load the newest intact checkpoint of this run into `state`, in place, on every rank.
+
+    Each rank reads the bytes of its own shards, whatever number of workers wrote them.
+
+    Args:
+        state: Name to part, as for `save`; tensors keep their placement and dtype.
+        checkpoint: One to load instead of the newest: a `ray.train.Checkpoint`, a URI or path, or the name of one of
+            this run.
+        verify: "touched" checks the bytes that are read, block by block, as they are copied into the state's tensors.
+            "full" checks every byte of every file before anything is loaded, and so reads twice.
+        run: Where to look: a directory or URI. By default the Ray Train run this worker belongs to.
+        limits: How much is read at a time.
+        timeout_s: How long this rank waits for the others in any one step.
+
+    Returns:
+        What was restored and how, or `None` when the run has no checkpoint yet.
+
+    Raises:
+        StateMismatch: on every rank, before anything is loaded; lists every missing, unexpected and misshapen key.
+        ResizeRefused: on every rank, before anything is loaded; a part has no rule for this number of workers.
+        NoIntactCheckpoint: on every rank; there are checkpoints, and none passed verification. Tensors may hold a
+            mixture by then.
+        RankFailed: on every rank; some rank could not read for another reason than damage.
+        RankTimeout: a rank did not arrive in time.
+    """
+    parts.check(state)
+    if verify not in ("touched", "full"):
+        raise ValueError(f"verify is {verify!r}; 'touched' checks what is read, 'full' every byte")
+    ranks = Ranks.of_world(timeout_s)
+    _refuse_different_parts(
+        state, [names for (names,) in ranks.all_gather_ints("compare parts", [parts.names_digest(state)])]
+    )
+    run = ray_train.find_run(run)
+    run, names = restoring.candidates(run, checkpoint, ranks)
+    rejected: dict[str, str] = {}
+    touched: set[str] = set()
+    for name in names:
+        try:
+            report = restoring.restore_one(state, run, name, ranks, limits, verify, rejected, touched)
+        except Rejected as error:
+            rejected[name] = str(error)
+            if ranks.rank == 0:
+                logger.warning("checkpoint %s can't be used, taking the next older one: %s", name, error)
+            continue
+        if ranks.rank == 0:
+            logger.info("%s", report)
+            if not logger.isEnabledFor(logging.INFO):
+                # Outside of Ray, whose workers log at this level, nobody would see it.
+                print(report, flush=True)
+        return report
+    if rejected:
+        raise NoIntactCheckpoint(run.uri, rejected)
+    return None
+
+
+def _refuse_different_parts(state: Mapping[str, Any], digests: Sequence[int]) -> None:
+    others = sorted(rank for rank, digest in enumerate(digests) if digest != digests[0])
+    if others:
+        raise UnsupportedState(
+            "the state",
+            f"a dict whose parts (here {', '.join(sorted(state))}) are others on rank 0 than on ranks {others}",
+            "give every rank the same names",
+        )
+
+
+def _agree(ranks: Ranks, path: str, phase: str, outcome: Outcome) -> None:
+    failures = ranks.failures(phase, outcome)
+    if failures:
+        raise SaveFailed(path, phase, {rank: f.text for rank, f in failures.items()}) from outcome.error
+
+
+def _versions() -> dict[str, str]:
+    loaded = {name: sys.modules.get(name) for name in ("ray", "torch")}
+    return {name: str(module.__version__) for name, module in loaded.items() if module is not None}

@@ -1,0 +1,105 @@
+"""What each part will be handed: its value as it was saved, with the tensors that are still to be read.
+
+One function for each kind of part. Nothing here touches a part, or reads tensor bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ray_stateful import parts
+from ray_stateful.errors import DamagedCheckpoint
+from ray_stateful.format import layout
+from ray_stateful.format.index import KeyPath
+from ray_stateful.matching import Match
+from ray_stateful.runs import Run
+from ray_stateful.states.part import RankPart, StrictPart, World
+from ray_stateful.storage.opening import OpenCheckpoint
+from ray_stateful.storage.reader import value_of
+from ray_stateful.storage.structure import copy_containers, put, remove
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What will be handed to one part: its value, and the tensors in it that storage fills.
+
+    `tensors` and `sources` have the same keys: the tensor to fill, and the key of the checkpoint it is read from.
+    """
+
+    part: Any
+    value: Any
+    tensors: Mapping[str, Any]
+    sources: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+class EveryRank(dict[int, Any]):
+    """The values of all ranks that saved a rank part, for a part that has to make one of them for another world."""
+
+
+def fill_strict(
+    part: StrictPart,
+    template: Any,
+    flat: Mapping[str, Any],
+    mappings: Mapping[str, KeyPath],
+    match: Match,
+    run: Run,
+    opened: OpenCheckpoint,
+) -> Filled:
+    """A strict part: its own tensors are filled in place; all else is replaced by what was saved."""
+    value, tensors = copy_containers(template), {}
+    for row in (opened.trees[tree] for tree in match.trees):
+        value = put(value, row.path[1:], parts.tree_value(opened, row))
+    for key in match.absent:
+        remove(value, mappings[key][1:])
+    for key, source in match.sources.items():
+        chunk = opened.chunks[source][0]
+        if chunk.dtype is None:
+            value = put(value, mappings[key][1:], value_of(run.storage, opened.path, chunk))
+        else:
+            tensors[key] = flat[key]
+    return Filled(part, value, tensors, {key: match.sources[key] for key in tensors}, match.notes)
+
+
+def fill(part: Any, prefix: KeyPath, flat: Mapping[str, Any], run: Run, opened: OpenCheckpoint) -> Filled:
+    """Any other part: what was saved under `prefix`, structure and all."""
+    templates = {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
+    stored = {
+        key: value_of(run.storage, opened.path, chunks[0])
+        for key, chunks in opened.chunks.items()
+        if chunks[0].dtype is None and chunks[0].path[: len(prefix)] == prefix
+    }
+    value, tensors = parts.rebuild(opened, prefix, templates, stored)
+    return Filled(part, value, tensors, {key: key for key in tensors})
+
+
+def fill_rank_part(
+    name: str, part: RankPart, flat: Mapping[str, Any], world: World, run: Run, opened: OpenCheckpoint
+) -> Filled:
+    """A rank part: this rank's value, or at another world size those of all ranks.
+
+    Raises:
+        ResizeRefused: the part has no rule for this world size.
+        DamagedCheckpoint: some rank's value is not there.
+    """
+    steps = {str(row.path[1]) for row in parts.entries_of(opened, name) if len(row.path) > 1}
+    saved = sorted(int(step.removeprefix("rank_")) for step in steps if layout.is_rank_key(step))
+    if opened.manifest is None:
+        # A foreign checkpoint does not say by how many ranks it was written; this part does.
+        world = replace(world, saved_world_size=len(saved))
+    if len(saved) != len(steps) or saved != list(range(world.saved_world_size)):
+        raise DamagedCheckpoint(opened.path, f"{name!r} has entries {sorted(steps)[:8]}, not one for each rank")
+    if not world.resized:
+        return fill(part, (name, layout.rank_key(world.rank)), flat, run, opened)
+    part.check_resize(name, world)
+    everyone = {rank: fill(part, (name, layout.rank_key(rank)), {}, run, opened) for rank in saved}
+    return Filled(
+        part,
+        EveryRank({rank: one.value for rank, one in everyone.items()}),
+        {key: tensor for one in everyone.values() for key, tensor in one.tensors.items()},
+        {key: key for one in everyone.values() for key in one.tensors},
+    )

@@ -1,0 +1,95 @@
+"""Whether a state fits a checkpoint, found out before either is touched. Pure; no I/O, no collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+from ray_stateful.format.index import StoredChunk
+from ray_stateful.states.part import StrictPart
+from ray_stateful.storage.opening import OpenCheckpoint
+from ray_stateful.storage.structure import is_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How a strict part fits a checkpoint.
+
+    `problems` forbid loading, `notes` go to the resume report. `sources` are the keys of this rank to load, each
+    with the key of the checkpoint it is read from; `absent` are those to leave out. `trees` are the keys of containers
+    that are taken whole.
+    """
+
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    sources: Mapping[str, str]
+    absent: frozenset[str]
+    trees: tuple[str, ...]
+
+
+def match_strict(
+    name: str, part: StrictPart, flat: Mapping[str, Any], everyones_keys: frozenset[str], opened: OpenCheckpoint
+) -> Match:
+    """Compare a strict part with what a checkpoint has of it.
+
+    Args:
+        flat: This rank's flat state dict of the part, keys with the part's name.
+        everyones_keys: Those of all ranks together.
+    """
+    prefix = f"{name}."
+    stored = {key for key, chunks in opened.chunks.items() if chunks[0].path[0] == name}
+    # What a tree stands for is compared by whoever loads it, a scheduler for example; if there is somebody.
+    trees = [
+        tree
+        for tree, row in opened.trees.items()
+        if row.path[0] == name and any(key.startswith(f"{tree}.") for key in everyones_keys)
+    ]
+    loose = {key for key in everyones_keys | stored if not key.startswith(tuple(f"{tree}." for tree in trees))}
+    missing, unexpected = (everyones_keys & loose) - stored, (stored & loose) - everyones_keys
+    judged = part.reconcile(_without(prefix, missing), _without(prefix, unexpected))
+    instead = {prefix + key: prefix + source for key, source in judged.instead.items()}
+    sources = {key: instead.get(key, key) for key in flat if key in loose and (key in stored or key in instead)}
+    problems, notes = list(judged.problems), list(judged.notes)
+    problems += [
+        f"{key.removeprefix(prefix)}: a tensor here, part of another value in the checkpoint"
+        for key in flat
+        if key not in loose and is_tensor(flat[key])
+    ]
+    for key, source in list(sources.items()):
+        difference = _difference(flat[key], opened.chunks[source][0])
+        if difference is None:
+            continue
+        if "_extra_state" in key.split("."):
+            # Transformer Engine's: of a size, and present, as it pleases.
+            notes.append(f"{key.removeprefix(prefix)} is left alone: {difference}")
+            del sources[key]
+        else:
+            problems.append(f"{key.removeprefix(prefix)}: {difference}")
+    return Match(
+        problems=tuple(f"{name}.{problem}" for problem in problems),
+        notes=tuple(notes),
+        sources=sources,
+        absent=frozenset(key for key in flat if key in loose and key not in sources),
+        trees=tuple(trees),
+    )
+
+
+def _without(prefix: str, keys: Set[str]) -> frozenset[str]:
+    return frozenset(key.removeprefix(prefix) for key in keys)
+
+
+def _difference(value: Any, chunk: StoredChunk) -> str | None:
+    if not is_tensor(value):
+        return None if chunk.dtype is None else f"a {type(value).__name__} here, a tensor in the checkpoint"
+    if chunk.dtype is None:
+        return "a tensor here, another value in the checkpoint"
+    shape, dtype = tuple(value.size()), str(value.dtype).removeprefix("torch.")
+    if shape != chunk.shape:
+        return f"shape {shape} here, {chunk.shape} in the checkpoint"
+    if dtype != chunk.dtype:
+        return (
+            f"dtype {dtype} here, {chunk.dtype} in the checkpoint: cast the model first, "
+            "a restore that changes values would not be exact"
+        )
+    return None

@@ -1,0 +1,50 @@
+"""What becomes of each part: foreseen before anything is touched, completed when it was loaded. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ray_stateful.filling import EveryRank, Filled
+from ray_stateful.report import PartReport, size
+from ray_stateful.states.part import World
+from ray_stateful.storage.opening import OpenCheckpoint
+from ray_stateful.storage.reading import ReadStatistics
+
+
+def foresee(filled: Mapping[str, Filled], world: World, opened: OpenCheckpoint) -> dict[str, PartReport]:
+    """The outcome of each part as the match decides it. What is refused has been raised by then."""
+    return {name: _foreseen(name, part, world, opened) for name, part in filled.items()}
+
+
+def complete(
+    foreseen: PartReport, filled: Filled, how: str, read: ReadStatistics, opened: OpenCheckpoint
+) -> PartReport:
+    """The same with what only loading could tell.
+
+    Args:
+        how: What the part said of a resize, in a few words; empty if it was not asked.
+        read: What all ranks read for the part.
+    """
+    details = [how] if how else []
+    details += foreseen.details
+    if _is_sharded(filled, opened):
+        amplification = read.bytes_read / max(1, read.bytes_wanted)
+        details.append(f"read {size(read.bytes_read)}, {amplification:.2f}x of what this world needs")
+        details.append("verified" if opened.manifest else "unverified")
+    describe = getattr(filled.part, "describe", None)
+    if describe is not None and not how:
+        details.append(describe())
+    return replace(foreseen, details=(*details, *filled.notes))
+
+
+def _foreseen(name: str, filled: Filled, world: World, opened: OpenCheckpoint) -> PartReport:
+    outcome = filled.part.resized_as if isinstance(filled.value, EveryRank) else "exact"
+    resharded = world.resized and _is_sharded(filled, opened)
+    details = (f"resharded {world.saved_world_size} -> {world.world_size}",) if resharded else ()
+    return PartReport(name=name, outcome=outcome, details=details)
+
+
+def _is_sharded(filled: Filled, opened: OpenCheckpoint) -> bool:
+    firsts = [opened.chunks[source][0] for source in filled.sources.values()]
+    return any(chunk.box.sizes != chunk.shape for chunk in firsts)

@@ -1,0 +1,135 @@
+"""From the parts of a state to one state dict, and from what was read back to the parts.
+
+A part is filled in one of three ways (see `ray_stateful.states.part`): a strict part gives the tensors to fill; a
+rank part has an entry of its own for each rank; any other gets back what was saved, whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.stateful import Stateful
+
+from ray_stateful.errors import UnsupportedState
+from ray_stateful.format import layout, values
+from ray_stateful.format.checksums import checksum
+from ray_stateful.format.index import KeyPath, StoredChunk
+from ray_stateful.ranks import Outcome
+from ray_stateful.states.part import RankPart
+from ray_stateful.storage.opening import OpenCheckpoint
+from ray_stateful.storage.structure import PerRank, put
+
+State = Mapping[str, Any]
+
+
+def check(state: State) -> None:
+    """Refuse what is not a state.
+
+    Raises:
+        UnsupportedState: an entry has no `state_dict` and `load_state_dict`, or a name that keys could not be told
+            apart by.
+    """
+    if not state:
+        raise UnsupportedState("the state", "an empty dict", "name at least one part")
+    for name, part in state.items():
+        if not isinstance(name, str) or not name or "." in name or name.startswith("$"):
+            raise UnsupportedState(repr(name), "a part of this name", "use a name without dots")
+        if not isinstance(part, Stateful):
+            raise UnsupportedState(
+                name,
+                f"a {type(part).__name__}, which has no state_dict() and load_state_dict(),",
+                "wrap it in an object that has them, or put its values into the step's metrics",
+            )
+
+
+def collect(state: State, rank: int, outcome: Outcome) -> dict[str, Any]:
+    """The state dict to save or to fill.
+
+    Parts are asked in the order of their names, as some of them meet in collectives; and all of them, for the same
+    reason, whatever one of them raises: the first error is kept in `outcome`.
+    """
+    collected: dict[str, Any] = {}
+    for name in sorted(state):
+        with outcome.catch():
+            collected[name] = _of_part(state[name], rank)
+    return collected
+
+
+def names_digest(state: State) -> int:
+    """63 bits of the names of the parts, to be compared between ranks."""
+    return int(checksum("\n".join(sorted(state)).encode()), 16) >> 1
+
+
+def loading_order(state: State) -> list[str]:
+    """Names in the order in which parts are given their values: random streams last, as loading may draw from them."""
+    return sorted(state, key=lambda name: (bool(getattr(state[name], "loads_last", False)), name))
+
+
+def rebuild(
+    opened: OpenCheckpoint, prefix: KeyPath, template: Mapping[str, torch.Tensor], stored: Mapping[str, Any]
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What was saved under `prefix`, with tensors still to be filled.
+
+    Args:
+        template: The part's present tensors by flat key: those that fit are used as places, and keep device and
+            sharding.
+        stored: The values of entries that are not tensors, by flat key.
+
+    Returns:
+        The nested value, and its tensors by flat key.
+    """
+    nested: Any = None
+    tensors: dict[str, torch.Tensor] = {}
+    trees = {row.path: row for row in opened.trees.values() if row.path[: len(prefix)] == prefix}
+    for path, row in trees.items():
+        nested = put(nested, path[len(prefix) :], tree_value(opened, row))
+    for key, chunks in sorted(opened.chunks.items(), key=lambda entry: _order(entry[1][0].path)):
+        path = chunks[0].path
+        if path[: len(prefix)] != prefix or _below_a_tree(path, trees):
+            continue
+        if chunks[0].dtype is None:
+            nested = put(nested, path[len(prefix) :], stored[key])
+            continue
+        tensors[key] = _place(chunks[0], template.get(key))
+        nested = put(nested, path[len(prefix) :], tensors[key])
+    return nested, tensors
+
+
+def tree_value(opened: OpenCheckpoint, row: StoredChunk) -> Any:
+    """A container without tensors, as it was saved."""
+    return values.decode(row.value or "", f"{opened.path}: {row.key!r}")
+
+
+def entries_of(opened: OpenCheckpoint, name: str) -> list[StoredChunk]:
+    """One row for each entry that is stored under part `name`, trees included."""
+    return [row for row in opened.first_rows() if row.path[0] == name]
+
+
+def saved_parts(opened: OpenCheckpoint) -> set[str]:
+    """The names of the parts in a checkpoint."""
+    return {str(row.path[0]) for row in opened.first_rows()}
+
+
+def _of_part(part: Any, rank: int) -> Any:
+    value = part.state_dict()
+    return PerRank({layout.rank_key(rank): value}) if isinstance(part, RankPart) else value
+
+
+def _below_a_tree(path: KeyPath, trees: Mapping[KeyPath, StoredChunk]) -> bool:
+    # Compared as text: DCP's own paths have "1" where the tree has the int.
+    return any(tuple(map(str, path[: len(tree)])) == tuple(map(str, tree)) for tree in trees)
+
+
+def _order(path: KeyPath) -> list[tuple[bool, Any]]:
+    """So that positions of a list are put in their order."""
+    return [(isinstance(step, str), step) for step in path]
+
+
+def _place(chunk: StoredChunk, template: torch.Tensor | None) -> torch.Tensor:
+    dtype = getattr(torch, chunk.dtype or "")
+    if template is not None and template.dtype == dtype and tuple(template.shape) == chunk.shape:
+        # A copy: the part may hand out its own tensors, and gets the loaded ones by load_state_dict alone.
+        return template.detach().clone()
+    return torch.empty(chunk.shape, dtype=dtype)

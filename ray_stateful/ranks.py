@@ -1,0 +1,168 @@
+"""The collectives we use, on a CPU group of our own; one rank's failure is raised on every rank.
+
+Every call here is collective: all ranks of the group make it, in the same order. Every wait has the deadline
+of the group, and running into it is a `RankTimeout` that names the phase. Only small picklable values pass
+through; tensors never do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ray_stateful.errors import DamagedCheckpoint, RankFailed, RankTimeout
+
+T = TypeVar("T")
+
+# As long as torch's own for a process group. Longer than what storage takes to give up: see RetryPolicy.within.
+DEFAULT_TIMEOUT_S = 1800.0
+
+
+def current_rank() -> int:
+    """This process's rank in the default process group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one phase on this rank: nothing, or one error."""
+
+    error: BaseException | None = None
+
+    @contextmanager
+    def catch(self) -> Iterator[None]:
+        """Keep an error of the body instead of raising it here alone: `raise_if_any_failed` raises it everywhere."""
+        try:
+            yield
+        # CheckpointException derives from BaseException, and would pass `except Exception` on one rank only.
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - kept, and raised on every rank
+            # The first: what came after it may have come of it.
+            self.error = self.error or error
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error of another rank, as far as it crosses processes: `damage` tells a broken checkpoint from all else."""
+
+    text: str
+    damage: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        return cls(f"{type(error).__name__}: {error}", isinstance(error, DamagedCheckpoint))
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The workers that save and restore together.
+
+    `group` is a gloo process group, or `None` for a world of one without `torch.distributed`.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    group: dist.ProcessGroup | None = None
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+    @classmethod
+    def of_world(cls, timeout_s: float = DEFAULT_TIMEOUT_S, purpose: str = "checkpoint") -> Ranks:
+        """The ranks of the default process group, over a gloo group of our own that is made once per `purpose`.
+
+        Collective at its first call per `purpose`. TorchTrainer on GPUs makes a plain NCCL group, which has no
+        object collectives on the CPU; and a group shared with training deadlocks a background save.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            return cls(timeout_s=timeout_s)
+        world = dist.group.WORLD
+        made = _groups.get((purpose, timeout_s))
+        if made is None or made.world is not world:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            made = _groups[(purpose, timeout_s)] = _Made(world, group)
+        return cls(dist.get_rank(), dist.get_world_size(), made.group, timeout_s)
+
+    def broadcast(self, phase: str, value: T | None) -> T:
+        """Rank 0's `value`, on every rank."""
+        if self.group is None:
+            return value  # type: ignore[return-value]  # a world of one is rank 0
+        box = [value]
+        self.within_deadline(phase, lambda: dist.broadcast_object_list(box, src=0, group=self.group))
+        return box[0]  # type: ignore[return-value]  # rank 0 gave a T
+
+    def gather(self, phase: str, value: T) -> list[T]:
+        """Everyone's `value` in rank order on rank 0; an empty list on the others."""
+        if self.group is None:
+            return [value]
+        into: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        self.within_deadline(phase, lambda: dist.gather_object(value, into, dst=0, group=self.group))
+        return into or []
+
+    def all_gather(self, phase: str, value: T) -> list[T]:
+        """Everyone's `value` in rank order, on every rank."""
+        if self.group is None:
+            return [value]
+        into: list[Any] = [None] * self.world_size
+        self.within_deadline(phase, lambda: dist.all_gather_object(into, value, group=self.group))
+        return into
+
+    def scatter(self, phase: str, values: list[T]) -> T:
+        """This rank's entry of rank 0's `values`, one per rank; `values` is not read on the others."""
+        if self.group is None:
+            return values[0]
+        into: list[Any] = [None]
+        given = values if self.rank == 0 else None
+        self.within_deadline(phase, lambda: dist.scatter_object_list(into, given, src=0, group=self.group))
+        return into[0]  # type: ignore[no-any-return]  # rank 0 gave Ts
+
+    def all_gather_ints(self, phase: str, values: list[int]) -> list[list[int]]:
+        """Everyone's `values`, equally many 64-bit integers a rank: one small collective, no pickling."""
+        if self.group is None:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.int64)
+        into = [torch.empty_like(mine) for _ in range(self.world_size)]
+        self.within_deadline(phase, lambda: dist.all_gather(into, mine, group=self.group))
+        return [row.tolist() for row in into]
+
+    def failures(self, phase: str, outcome: Outcome) -> dict[int, Failure]:
+        """What went wrong on every rank that failed; empty when all succeeded. The same on every rank."""
+        mine = None if outcome.error is None else Failure.of(outcome.error)
+        everyone = self.all_gather(phase, mine)
+        return {rank: failure for rank, failure in enumerate(everyone) if failure is not None}
+
+    def raise_if_any_failed(self, phase: str, outcome: Outcome) -> None:
+        """Raise `RankFailed` on every rank if `outcome` holds an error on any of them."""
+        failures = self.failures(phase, outcome)
+        if failures:
+            causes = {rank: failure.text for rank, failure in failures.items()}
+            raise RankFailed(phase, causes) from outcome.error
+
+    def within_deadline(self, phase: str, collective: Callable[[], T]) -> T:
+        """Make a collective call of this group, or of one made with its deadline.
+
+        Raises:
+            RankTimeout: it failed for a peer that left or is late; names `phase`.
+        """
+        began = time.monotonic()
+        try:
+            return collective()
+        except (RuntimeError, ValueError) as error:
+            # Gloo reports a peer that left ("Connection closed by peer") and one that is late ("Timed out
+            # waiting") alike: as a RuntimeError, of which only the text tells them apart.
+            raise RankTimeout(phase, self.rank, time.monotonic() - began, str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    world: dist.ProcessGroup | None
+    group: dist.ProcessGroup | None = field(repr=False)
+
+
+# Keyed by purpose and deadline; an entry of an earlier default group is replaced, as its sockets are gone.
+_groups: dict[tuple[str, float], _Made] = {}

@@ -1,0 +1,388 @@
+"""Ray Data that goes on in mid-epoch, on any number of workers: rows are told apart by an id, and counted when trained.
+
+`ResumableDataConfig` is for the trainer, `RayDataBatches` for the training function:
+
+```python
+def train_func(config):
+    batches = RayDataBatches("train", global_batch_size=512, micro_batch_size=8)
+    state = {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer), "batches": batches}
+    with Checkpointer(state, every_n_steps=200) as checkpointer:
+        checkpointer.restore()
+        while batches.epoch < config["num_epochs"]:
+            for batch in batches:                          # what is left of this epoch
+                for micro in accumulate(model, batch):
+                    (loss_fn(model, micro.data).sum() * micro.loss_scale).backward()
+                optimizer.step(); optimizer.zero_grad()
+                checkpointer.step()
+
+TorchTrainer(train_func, datasets={"train": ds}, dataset_config=ResumableDataConfig(row_id="id"), ...)
+```
+
+Ray Data has no position to go back to: blocks come in the order in which tasks finish, and workers get what is there.
+So the state is not a position but a set, that of the ids trained in this epoch; a resumed epoch reads the dataset again
+and leaves those out. What that asks of the dataset is in `docs/design/ray_data.md`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+import torch
+from numpy.typing import NDArray
+from ray import cloudpickle
+from ray.data import DataIterator, Dataset, ExecutionOptions
+from ray.train import DataConfig
+
+from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks
+from ray_stateful.states.part import RankPart, World
+from ray_stateful.states.row_sets import RowSet, as_ids
+from ray_stateful.states.shares import split_evenly
+
+Columns = Mapping[str, NDArray[Any]]
+
+# Operators that choose rows, or give them their ids, by where they stand.
+_POSITIONAL = {"Limit", "Zip"}
+_SHUFFLES = {"RandomShuffle", "RandomizeBlocks"}
+# Ids of this many steps are kept as they came before they are put into the set.
+_MERGE_EVERY = 256
+
+
+class ResumableDataConfig(DataConfig):
+    """How the trainer's datasets reach the workers, when some are to be gone on with in mid-epoch.
+
+    Args:
+        row_id: A column of integers that tells the rows of a dataset apart, the same at every reading. A hash of 64
+            bits will do, like that of `ray.data.read_parquet(..., include_row_hash=True)`.
+        resumable: Names of the datasets that workers read with `RayDataBatches`. The others are as without us.
+        execution_options: Of the resumable datasets; by default, those of the driver's `DataContext`.
+        options: As for `ray.train.DataConfig`.
+    """
+
+    def __init__(
+        self,
+        row_id: str,
+        *,
+        resumable: Collection[str] = ("train",),
+        execution_options: ExecutionOptions | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(resumable, str):
+            raise ValueError(f"resumable={resumable!r} is one string: give the names of the datasets, [{resumable!r}]")
+        super().__init__(execution_options=execution_options, **options)
+        self._row_id, self._resumable, self._options = row_id, frozenset(resumable), execution_options
+        self._with_locality = bool(options.get("enable_shard_locality", True))
+
+    def configure(
+        self,
+        datasets: dict[str, Dataset],
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: list[str] | None,
+        **kwargs: Any,
+    ) -> list[dict[str, Any]]:
+        """Called by Ray when rank 0 asks for its shard, in an actor that knows nothing of checkpoints.
+
+        So nothing is split here: rank 0 gets the dataset, and splits it once it has restored its state.
+        """
+        others = {name: dataset for name, dataset in datasets.items() if name not in self._resumable}
+        output: list[dict[str, Any]] = super().configure(others, world_size, worker_handles, worker_node_ids, **kwargs)
+        for name in sorted(self._resumable & set(datasets)):
+            # A copy: the dataset and its context belong to the user.
+            dataset = datasets[name].copy(datasets[name])
+            dataset.context.execution_options = copy.deepcopy(self._options or self.default_ingest_options())
+            if dataset.name is None:
+                dataset.set_name(name)
+            refuse_positional(name, dataset)
+            hints = worker_node_ids if self._with_locality else None
+            for rank in range(world_size):
+                output[rank][name] = ResumableShard(self._row_id, dataset if rank == 0 else None, hints)
+        return output
+
+
+def refuse_positional(name: str, dataset: Dataset) -> None:
+    """Refuse a dataset that chooses its rows by their order, while that order is another one at every reading.
+
+    Raises:
+        ValueError: it has a `limit` or a `zip`; names what its order lacks.
+    """
+    operators: list[Any] = list(dataset._logical_plan.dag.post_order_iter())
+    positional = sorted(_POSITIONAL & {type(operator).__name__ for operator in operators})
+    if not positional:
+        return
+    lacks = []
+    if not dataset.context.execution_options.preserve_order:
+        lacks.append("blocks come as tasks finish: give ExecutionOptions(preserve_order=True)")
+    for operator in operators:
+        if type(operator).__name__ not in _SHUFFLES:
+            continue
+        # Ray may mix the number of the execution into a seed, and a resumed run begins to count anew.
+        seeds = getattr(operator, "seed_config", None)
+        if seeds is None or seeds.seed is None or seeds.reseed_after_execution:
+            lacks.append(
+                f"{type(operator).__name__} is another one at each execution: give it an integer as seed, or shuffle "
+                "afterwards"
+            )
+    if lacks:
+        raise ValueError(
+            f"dataset {name!r} has {' and '.join(positional)}, so which rows it consists of depends on their order; "
+            f"but {'; '.join(lacks)}."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ResumableShard:
+    """What `ray.train.get_dataset_shard` gives to a worker; `RayDataBatches` makes batches of it.
+
+    `dataset` is that of all workers, on rank 0; `locality_hints` are the nodes of the workers.
+    """
+
+    row_id: str
+    dataset: Dataset | None
+    locality_hints: list[str] | None
+
+    def split(self, trained: RowSet, world_size: int) -> list[DataIterator]:
+        """One iterator a worker over the rows that are not in `trained`, none left out. On rank 0."""
+        assert self.dataset is not None
+        dataset = self.dataset
+        if len(trained):
+            left_over = functools.partial(without, row_id=self.row_id, trained=trained)
+            dataset = dataset.map_batches(left_over, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
+        # equal=True, which Ray Train uses, drops up to world_size - 1 rows at the end of each epoch.
+        return list(dataset.streaming_split(world_size, equal=False, locality_hints=self.locality_hints))
+
+
+def without(rows: Any, *, row_id: str, trained: RowSet) -> Any:
+    """The rows of a `pyarrow.Table` whose id is not in `trained`."""
+    if not rows.num_rows:  # an empty block may have no columns either
+        return rows
+    return rows.filter(pa.array(~trained.contains(_ids_of(rows.column(row_id).to_numpy(), row_id))))
+
+
+@dataclass(frozen=True, slots=True)
+class RowMicroBatch:
+    """What one forward and backward pass takes: `data` are columns, one entry a row, at least one.
+
+    `loss_scale` and `is_padding` are as of `ray_stateful.states.shares.MicroBatch`.
+    """
+
+    data: Columns
+    loss_scale: float
+    is_padding: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """This worker's share of one global batch. `num_samples` and `len()` are the same on every rank."""
+
+    epoch: int
+    num_samples: int
+    micro_batches: tuple[RowMicroBatch, ...]
+
+    def __iter__(self) -> Iterator[RowMicroBatch]:
+        return iter(self.micro_batches)
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+
+class RayDataBatches(RankPart):
+    """The global batches of a Ray dataset, each row once an epoch, whatever happens to the workers meanwhile.
+
+    Every rank makes it, at the same point, in a training function of a TorchTrainer that has a `ResumableDataConfig`.
+    Iterating gives the rest of the epoch, and is collective: all ranks get equally many batches of equally many
+    micro-batches. A rank whose rows have run out takes part with padding, so the end of an epoch may have batches
+    smaller than `global_batch_size`; they are weighted as such.
+
+    Which rows meet in a batch depends on the number of workers and on who was faster; for an order that does not, use
+    `GlobalBatchSampler`.
+
+    Args:
+        dataset: Its name in the trainer's `datasets`.
+        global_batch_size: Rows per optimizer step, over all workers; at least one for each.
+        micro_batch_size: Rows per forward pass of one worker, at most.
+        prefetch_batches, local_shuffle_buffer_size: As of `iter_batches`. What is fetched and not trained counts for
+            nothing.
+        local_shuffle_seed: Mixed with epoch and rank.
+
+    Attributes:
+        epoch: From 0.
+        position: Rows trained in this epoch, by all workers.
+        samples: Rows trained in all.
+    """
+
+    resized_as = "re-planned"
+
+    def __init__(
+        self,
+        dataset: str = "train",
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        prefetch_batches: int = 1,
+        local_shuffle_buffer_size: int | None = None,
+        local_shuffle_seed: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        self._ranks = Ranks.of_world(timeout_s, "ray data")
+        world_size = ray.train.get_context().get_world_size()
+        if world_size != self._ranks.world_size:
+            raise RuntimeError(
+                f"Ray Train has {world_size} workers, and torch.distributed {self._ranks.world_size}: batches are "
+                "agreed on by collectives, so use a TorchTrainer"
+            )
+        if micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={micro_batch_size} leaves nothing to train on: give at least 1")
+        if global_batch_size < world_size:
+            # Ray would hand it rows all the same, and nobody would train them.
+            raise ValueError(f"global_batch_size={global_batch_size} leaves some of {world_size} workers without rows")
+        shard = ray.train.get_dataset_shard(dataset)
+        if not isinstance(shard, ResumableShard):
+            raise ValueError(
+                f"dataset {dataset!r} is not resumable: give the trainer dataset_config="
+                f"ResumableDataConfig(row_id=..., resumable=[{dataset!r}])"
+            )
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.epoch = self.position = self.samples = 0
+        self._shard: ResumableShard = shard
+        self._prefetch_batches, self._buffer_size = prefetch_batches, local_shuffle_buffer_size
+        self._seed = local_shuffle_seed
+        # Trained by this rank in this epoch, and what it took over from ranks that are no more.
+        self._trained, self._recent = RowSet.empty(), list[RowSet]()
+        self._pending: tuple[RowSet, int] | None = None
+        self._iterator: DataIterator | None = None
+        self._filtered = False
+        self._num_loads = 0
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        """The batches of what is left of the epoch, each to be counted by `on_step` before the next."""
+        loads, self._pending = self._num_loads, None
+        # Each rank knows its own. The sets are disjoint, so a row in two of them has an id that is not unique.
+        trained = RowSet.disjoint_union(self._ranks.all_gather("share the rows trained", self._merged()))
+        with closing(self._rows(trained)) as mine:
+            while True:
+                rows = next(mine, {})
+                num_rows = len(rows[self._shard.row_id]) if rows else 0
+                counts = [count for (count,) in self._ranks.all_gather_ints("count the rows", [num_rows])]
+                # Decided by the counts of all: a rank that ended by itself would leave the others waiting.
+                if not any(counts):
+                    break
+                ids = RowSet.of(_ids_of(rows[self._shard.row_id], self._shard.row_id)) if rows else RowSet.empty()
+                self._pending = (ids, sum(counts))
+                yield self._batch(rows, counts)
+                if self._num_loads != loads:
+                    raise RuntimeError("a state was loaded while iterating: restore first, then make the iterator")
+                if self._pending is not None:
+                    raise RuntimeError("call Checkpointer.step, or on_step, exactly once for every batch")
+        self.epoch, self.position = self.epoch + 1, 0
+        self._trained, self._recent = RowSet.empty(), []
+
+    def on_step(self, *, step: int) -> None:
+        """Count the batch in hand as trained."""
+        if self._pending is None:
+            raise RuntimeError("there is no batch in hand to count as trained: one step for each batch")
+        ids, num_samples = self._pending
+        self._pending = None
+        self._recent.append(ids)
+        self.position += num_samples
+        self.samples += num_samples
+        if len(self._recent) >= _MERGE_EVERY:
+            self._merged()
+
+    def state_dict(self) -> dict[str, Any]:
+        trained = self._merged()
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "samples": self.samples,
+            "first": torch.from_numpy(trained.first.copy()),
+            "last": torch.from_numpy(trained.last.copy()),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._load(state_dict, _row_set(state_dict))
+
+    def check_resize(self, name: str, world: World) -> None:
+        """Any number of ranks will do."""
+
+    def resize(self, saved: Mapping[int, Mapping[str, Any]], world: World) -> str:
+        # All of them to one rank: `__iter__` puts them together again, and each row must be in one set only.
+        everything = RowSet.disjoint_union([_row_set(state) for state in saved.values()])
+        self._load(saved[0], everything if world.rank == 0 else RowSet.empty())
+        return f"{self.position:,} rows of {len(saved)} workers are left out of the rest of the epoch"
+
+    def describe(self) -> str:
+        shares = " + ".join(map(str, split_evenly(self.global_batch_size, self._ranks.world_size)))
+        return f"epoch {self.epoch}, {self.position:,} rows trained; global batch {self.global_batch_size} as {shares}"
+
+    def _load(self, state: Mapping[str, Any], trained: RowSet) -> None:
+        self.epoch, self.position, self.samples = state["epoch"], state["position"], state["samples"]
+        self._trained, self._recent, self._pending = trained, [], None
+        self._num_loads += 1
+
+    def _merged(self) -> RowSet:
+        self._trained, self._recent = RowSet.disjoint_union([self._trained, *self._recent]), []
+        return self._trained
+
+    def _rows(self, trained: RowSet) -> Generator[Columns, None, None]:
+        """This rank's rows of the rest of the epoch, a share of a global batch at a time."""
+        seed = None if self._seed is None else hash((self._seed, self.epoch, self._ranks.rank)) % 2**32
+        for rows in self._split(trained).iter_batches(
+            batch_size=split_evenly(self.global_batch_size, self._ranks.world_size)[self._ranks.rank],
+            batch_format="numpy",
+            prefetch_batches=self._prefetch_batches,
+            local_shuffle_buffer_size=self._buffer_size,
+            local_shuffle_seed=seed,
+        ):
+            if self._shard.row_id not in rows:
+                raise ValueError(f"row_id={self._shard.row_id!r} is no column of the dataset, which has {sorted(rows)}")
+            yield rows
+
+    def _split(self, trained: RowSet) -> DataIterator:
+        """This rank's part of a split that all ranks share: a new one only where rows are, or were, left out."""
+        if self._iterator is None or self._filtered or len(trained):
+            outcome, made = Outcome(), b""
+            with outcome.catch():
+                if self._ranks.rank == 0:
+                    splits = self._shard.split(trained, self._ranks.world_size)
+                    made = cloudpickle.dumps(splits)  # type: ignore[no-untyped-call]  # ray's copy has no types
+            self._ranks.raise_if_any_failed("split the dataset", outcome)
+            shared = cloudpickle.loads(self._ranks.broadcast("share the split", made))
+            self._iterator, self._filtered = shared[self._ranks.rank], len(trained) > 0
+        return self._iterator
+
+    def _batch(self, rows: Columns, counts: list[int]) -> RowBatch:
+        num_samples, num_micro = sum(counts), -(-max(counts) // self.micro_batch_size)
+        stand_in = {name: values[:1] for name, values in rows.items()}
+        if min(counts) == 0:
+            # A row of this very batch, as in GlobalBatchSampler: 0.0 * loss must not be the first NaN of the step.
+            giver = counts.index(max(counts))
+            mine = stand_in if self._ranks.rank == giver else None
+            given = self._ranks.all_gather("share a row", mine)[giver]
+            assert given is not None
+            stand_in = stand_in or given
+        micros, start = [], 0
+        for size in split_evenly(counts[self._ranks.rank], num_micro):
+            data = {name: values[start : start + size] for name, values in rows.items()}
+            start += size
+            scale = self._ranks.world_size / num_samples
+            micros.append(RowMicroBatch(data, scale) if size else RowMicroBatch(stand_in, 0.0, is_padding=True))
+        return RowBatch(self.epoch, num_samples, tuple(micros))
+
+
+def _ids_of(values: NDArray[Any], row_id: str) -> NDArray[np.int64]:
+    try:
+        return as_ids(values)
+    except ValueError as error:
+        raise ValueError(f"column {row_id!r}: {error}") from None
+
+
+def _row_set(state: Mapping[str, Any]) -> RowSet:
+    return RowSet(state["first"].numpy(), state["last"].numpy())

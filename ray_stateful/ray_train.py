@@ -1,0 +1,313 @@
+"""Where am I in Ray Train, and whom do I tell: the run of this worker, its reports, its preemption.
+
+`ray` is imported inside functions alone. A process that is no Ray worker imports this module too, and would pay
+seconds for nothing; inside a worker Ray has imported itself long before. What runs on Ray's controller is in
+`ray_stateful.ray_callbacks`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import posixpath
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs
+
+from ray_stateful.errors import ReportFailed, StorageError
+from ray_stateful.format import layout
+from ray_stateful.ray_metrics import plain_metrics
+from ray_stateful.runs import DirectoryRun, Run
+from ray_stateful.storage.base import Storage
+from ray_stateful.storage.pyarrow import PyarrowStorage
+from ray_stateful.storage.retries import RetryingStorage
+from ray_stateful.storage.uris import resolve, with_timeouts, without_credentials
+
+logger = logging.getLogger(__name__)
+
+# Ray's own record of the checkpoints that were reported, and that it will delete when there are too many.
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+_SCHEMES = {"s3": "s3", "gcs": "gs", "abfs": "abfss", "hdfs": "hdfs"}
+
+# Of this process, not of a run object: the counter that a failed report has spoilt is one per worker.
+_failed_report: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `ray.train.report` will be given: plain metrics, and the checkpoint as Ray's own class."""
+
+    metrics: dict[str, Any]
+    checkpoint: Any
+
+
+@dataclass(frozen=True, slots=True)
+class RayRun:
+    """The run of this Ray Train worker.
+
+    `filesystem` is the very one that Ray stores to: it refuses the report of a checkpoint on another.
+    """
+
+    storage: Storage
+    path: str
+    uri: str
+    filesystem: pyarrow.fs.FileSystem
+
+    def prepare_report(self, metrics: dict[str, Any], name: str) -> Report:
+        import ray.train
+
+        path = posixpath.join(self.path, name)
+        if _failed_report is not None:
+            # Here, where all ranks still agree: later, the others would wait in Ray's barrier for this one.
+            raise ReportFailed(path, {_rank(): f"an earlier report of this worker failed: {_failed_report}"})
+        # Converted here, where a refusal costs nothing: what Ray can't store ends its controller, and with it the run.
+        plain = plain_metrics(metrics)
+        return Report(plain, ray.train.Checkpoint(path=path, filesystem=self.filesystem))
+
+    def report(self, prepared: Report) -> None:
+        """Tell Ray Train. A barrier at its entry: all ranks call it, or none does.
+
+        Raises:
+            ReportFailed: and from then on at every call in this process.
+        """
+        global _failed_report
+        import ray.train
+
+        path = prepared.checkpoint.path
+        if _failed_report is not None:
+            raise ReportFailed(path, {_rank(): f"an earlier report of this worker failed: {_failed_report}"})
+        try:
+            # NO_UPLOAD: it is there already. The other modes copy it onto itself, and one of them deletes it then.
+            ray.train.report(
+                prepared.metrics,
+                checkpoint=prepared.checkpoint,
+                checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+                delete_local_checkpoint_after_upload=False,
+            )
+        except Exception as error:  # whatever it is, Ray's count of reports is out of step after it
+            # Ray has counted this report and not finished it: the next one would wait for its turn for ever.
+            _failed_report = f"{type(error).__name__}: {error}"
+            raise ReportFailed(path, {_rank(): _failed_report}) from error
+
+    def candidates(self) -> list[str]:
+        """What to resume from, newest first.
+
+        First the committed checkpoints that are newer than every one Ray knows, and that Ray does not know: the workers
+        died, or the report failed, between the commit and the report. They are as whole as any other, the manifest says
+        so, and going on from an older one would train the same steps again. They cost one listing of the run's
+        directory, which holds one name a checkpoint, and a look into each newer one, of which there is at most one as a
+        rule. Then what Ray hands over, and then what its snapshot lists, the last reported first.
+
+        Unreported ones that are not newer are left alone: they are what an abandoned attempt left behind.
+        """
+        reported = self._handed_over()
+        try:
+            reported += [name for name in self._snapshot_names() if name not in reported]
+        except StorageError as error:
+            # Ray rewrites the file in place, so that a reader may see half of it.
+            logger.warning("resuming without Ray's list of checkpoints: %s", error)
+        names = self._unreported(reported) + reported
+        if names:
+            logger.info(
+                "run %s has %d checkpoint(s), and goes on from the newest intact one, because a run of this name has"
+                " been here before; to start from scratch, choose another RunConfig(name=...)",
+                self.uri,
+                len(names),
+            )
+        return names
+
+    def tracked(self) -> frozenset[str]:
+        """The checkpoints that Ray counts. It fails when one of them was deleted by somebody else.
+
+        Raises:
+            StorageError: the snapshot can't be read at this moment; so nothing may be deleted.
+        """
+        return frozenset(self._snapshot_names())
+
+    def _handed_over(self) -> list[str]:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return []
+        # Never `as_directory`: it downloads the whole checkpoint to this machine.
+        name = posixpath.relpath(checkpoint.path, self.path)
+        if not _is_inside(name):
+            logger.warning("Ray hands over checkpoint %s, which is not of run %s: ignored", checkpoint.path, self.uri)
+            return []
+        return [name]
+
+    def _snapshot_names(self) -> list[str]:
+        path = posixpath.join(self.path, SNAPSHOT)
+        try:
+            raw = self.storage.read(path)
+        except FileNotFoundError:
+            return []
+        try:
+            snapshot = json.loads(raw)
+            results = [*snapshot["checkpoint_results"], snapshot.get("latest_checkpoint_result")]
+            results += snapshot.get("pending_training_results") or []
+            # In the order of their reports: the list itself is sorted by score when the run keeps the best ones.
+            order = snapshot.get("checkpoint_report_indices") or []
+            newest_first = sorted(range(len(order)), key=order.__getitem__, reverse=True)
+            results = [results[position] for position in newest_first] + results
+            names = [result["checkpoint_dir_name"] for result in results if result is not None]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            raise StorageError(
+                "read", path, f"not Ray's list of checkpoints: {type(error).__name__}: {error}"
+            ) from error
+        # The file is data from the storage: a name in it must not lead out of the run's directory.
+        return list(dict.fromkeys(name for name in names if isinstance(name, str) and _is_inside(name)))
+
+    def _unreported(self, reported: list[str]) -> list[str]:
+        known = [layout.parse_name(name) for name in reported]
+        if reported and not any(known):
+            # Nothing to compare with: the run's checkpoints so far are somebody else's.
+            return []
+        newest = max((name.step for name in known if name is not None), default=-1)
+        found = filter(None, map(layout.parse_name, self.storage.directories(self.path)))
+        newer = sorted((name for name in found if name.step > newest), reverse=True)
+        return [
+            str(name) for name in newer if layout.MANIFEST in self.storage.sizes(posixpath.join(self.path, str(name)))
+        ]
+
+
+class LocalModeRun(DirectoryRun):
+    """The run of Ray Train's local mode (`num_workers=0`), which has no storage: a directory that the user can find.
+
+    Reports reach `Result.metrics` and `Result.checkpoint`, and are forgotten with the process; the directory is not.
+    """
+
+    __slots__ = ()
+
+    def prepare_report(self, metrics: dict[str, Any], name: str) -> dict[str, Any]:
+        return {"metrics": plain_metrics(metrics), "path": posixpath.join(self.path, name)}
+
+    def report(self, prepared: dict[str, Any]) -> None:
+        import ray.train
+
+        ray.train.report(prepared["metrics"], checkpoint=ray.train.Checkpoint(prepared["path"]))
+
+
+def current_run() -> Run | None:
+    """The run of the training function that calls this; `None` outside of one.
+
+    Raises:
+        RuntimeError: it is one of Ray Train V1, which has no reports without an upload.
+    """
+    if "ray.train" not in sys.modules:
+        return None
+    import ray.train
+
+    try:
+        context = ray.train.get_context()
+    except (RuntimeError, DeprecationWarning):  # a driver; a trial of Ray Tune
+        return None
+    try:
+        storage = context.get_storage()
+    except NotImplementedError:
+        return _local_mode_run(context.get_experiment_name())
+    if storage is None:
+        return None
+    if not hasattr(ray.train, "CheckpointUploadMode"):
+        raise RuntimeError("this worker is one of Ray Train V1; set RAY_TRAIN_V2_ENABLED=1 for the driver")
+    filesystem, path = storage.storage_filesystem, storage.experiment_fs_path
+    return RayRun(RetryingStorage(PyarrowStorage(with_timeouts(filesystem))), path, _uri(filesystem, path), filesystem)
+
+
+def find_run(run: Run | str | os.PathLike[str] | None) -> Run:
+    """`run` itself; the run of a directory or URI; or, for `None`, that of this worker.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if run is None:
+        found = current_run()
+        if found is None:
+            raise ValueError(
+                "run is None, and this is no Ray Train worker whose run it could be; name a directory or URI: run=..."
+            )
+        return found
+    if isinstance(run, str | os.PathLike):
+        uri = os.fspath(run)
+        storage, path = resolve(uri)
+        return DirectoryRun(storage, path, without_credentials(uri))
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """A node of this worker group is about to be taken away.
+
+    `deadline_s` is UNIX time in seconds, `None` where nobody said when. `ranks` are those that go with it.
+    """
+
+    deadline_s: float | None
+    ranks: tuple[int, ...]
+
+    def seconds_left(self) -> float | None:
+        return None if self.deadline_s is None else self.deadline_s - time.time()
+
+
+def preemption() -> Preemption | None:
+    """The preemption that is coming, as this rank knows it; `None` if there is none, or outside of a Ray worker.
+
+    One rank may hear of it a few milliseconds before another: whoever acts on it makes it one decision of all ranks
+    first. Where Ray's own barrier must be asked, the call is collective and takes tens of milliseconds; so all ranks
+    ask equally often, and every so many steps rather than at every one.
+    """
+    if "ray.train" not in sys.modules:
+        return None
+    try:
+        info = _preemption_info()
+    except (RuntimeError, DeprecationWarning):  # a driver; a trial of Ray Tune
+        return None
+    if info is None:
+        return None
+    deadline_s = None if info.deadline_ms is None else info.deadline_ms / 1000
+    return Preemption(deadline_s, tuple(info.preempted_ranks))
+
+
+def _preemption_info() -> Any:
+    import ray.train
+
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        # What Ray told this worker, without the barrier around it. `get_preemption_info` waits for all ranks; and with
+        # `relax_collectives_on_preemption` it leaves the slower ones waiting for good, just when they should save.
+        return get_train_context().preemption_context.preemption_info
+    except (ImportError, AttributeError, RuntimeError):  # another version of Ray; local mode
+        ask = getattr(ray.train, "get_preemption_info", None)
+        return None if ask is None else ask()
+
+
+def _local_mode_run(name: str) -> LocalModeRun:
+    from ray.train.constants import DEFAULT_STORAGE_PATH
+
+    path = posixpath.join(DEFAULT_STORAGE_PATH, name)
+    logger.warning(
+        "Ray Train's local mode (num_workers=0) has no storage, whatever RunConfig says: checkpoints go to %s",
+        path,
+    )
+    return LocalModeRun(RetryingStorage(PyarrowStorage(pyarrow.fs.LocalFileSystem())), path, path)
+
+
+def _uri(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
+    scheme = _SCHEMES.get(filesystem.type_name)
+    return path if scheme is None else f"{scheme}://{path}"
+
+
+def _is_inside(name: str) -> bool:
+    return all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def _rank() -> int:
+    import ray.train
+
+    return int(ray.train.get_context().get_world_rank())

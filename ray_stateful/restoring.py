@@ -1,0 +1,298 @@
+"""The steps of a restore from one checkpoint; `checkpoint.restore` says in which order."""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from ray_stateful import matching, parts
+from ray_stateful.errors import CheckpointError, DamagedCheckpoint, RankFailed, ResizeRefused, StateMismatch
+from ray_stateful.filling import EveryRank, Filled, fill, fill_rank_part, fill_strict
+from ray_stateful.format import layout
+from ray_stateful.format.checksums import checksum
+from ray_stateful.outcomes import complete, foresee
+from ray_stateful.ranks import Failure, Outcome, Ranks
+from ray_stateful.report import ResumeReport
+from ray_stateful.runs import DirectoryRun, Run
+from ray_stateful.states.part import RankPart, StrictPart, World
+from ray_stateful.storage import opening, sharing, verifying
+from ray_stateful.storage.opening import OpenCheckpoint
+from ray_stateful.storage.pyarrow import PyarrowStorage
+from ray_stateful.storage.ranges import ReadLimits
+from ray_stateful.storage.reader import read_requests, request_of
+from ray_stateful.storage.reading import ReadStatistics, Request
+from ray_stateful.storage.retries import RetryingStorage
+from ray_stateful.storage.structure import is_whole
+from ray_stateful.storage.uris import resolve
+
+logger = logging.getLogger(__name__)
+
+
+class Rejected(CheckpointError):
+    """A checkpoint can't be used; raised on every rank, with the same words."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def __str__(self) -> str:
+        return self.why
+
+
+def candidates(run: Run, checkpoint: Any, ranks: Ranks) -> tuple[Run, list[str]]:
+    """Which checkpoints to try, newest first. Rank 0 asks; all ranks get its answer."""
+    if checkpoint is not None:
+        return _named(run, checkpoint)
+    names, outcome = None, Outcome()
+    with outcome.catch():
+        names = run.candidates() if ranks.rank == 0 else None
+    ranks.raise_if_any_failed("list checkpoints", outcome)
+    return run, ranks.broadcast("share the list of checkpoints", names)
+
+
+def restore_one(
+    state: parts.State,
+    run: Run,
+    name: str,
+    ranks: Ranks,
+    limits: ReadLimits | None,
+    verify: str,
+    rejected: Mapping[str, str],
+    touched: set[str],
+) -> ResumeReport:
+    """Restore from one checkpoint.
+
+    Args:
+        rejected: Newer checkpoints that could not be used, for the report.
+        touched: Keys that an earlier attempt began to load; keys of this one are added.
+
+    Raises:
+        Rejected: on every rank; the checkpoint is damaged.
+        StateMismatch, ResizeRefused: on every rank, before anything of this checkpoint is loaded.
+    """
+    began = time.monotonic()
+    opened = _open(run, name, ranks)
+    if verify == "full":
+        _verify_all(run, opened, ranks)
+    world = World(
+        saved_world_size=opened.manifest.world_size if opened.manifest else ranks.world_size,
+        world_size=ranks.world_size,
+        rank=ranks.rank,
+        step=opened.manifest.step if opened.manifest else 0,
+    )
+    filled = _match(state, run, opened, world, ranks)
+
+    loaded = {key for part in filled.values() for key in part.tensors}
+    # Values of the checkpoint that was given up on would stay where this one has none.
+    left_over = sorted({key for keys in ranks.all_gather("compare entries", touched - loaded) for key in keys})
+    if left_over:
+        raise Rejected(f"has no entry {left_over[0]!r}, which was loaded from a newer, damaged checkpoint")
+    touched |= loaded
+
+    foreseen = foresee(filled, world, opened)
+    if ranks.rank == 0:
+        logger.info("restoring %s: %s", name, "; ".join(str(part).strip() for part in foreseen.values()))
+
+    statistics, outcome = _read(run, opened, filled, limits, ranks), Outcome()
+
+    how: dict[str, str] = {}
+    for part in parts.loading_order(state):
+        # All of them, whatever one raises: some meet in collectives.
+        with outcome.catch():
+            if part in filled:
+                how[part] = _load(state[part], filled[part].value, world)
+    ranks.raise_if_any_failed("load the state", outcome)
+
+    everyone = ranks.all_gather("add up what was read", statistics)
+    total = {part: sum((rank[part] for rank in everyone), ReadStatistics()) for part in filled}
+    ignored = sorted(parts.saved_parts(opened) - filled.keys())
+    return ResumeReport(
+        checkpoint=name,
+        step=world.step,
+        samples=opened.manifest.samples if opened.manifest else 0,
+        saved_world_size=world.saved_world_size,
+        world_size=world.world_size,
+        verified=opened.manifest is not None,
+        parts=tuple(complete(foreseen[p], filled[p], how[p], total[p], opened) for p in sorted(filled)),
+        statistics=sum(total.values(), ReadStatistics()),
+        seconds=time.monotonic() - began,
+        rejected=dict(rejected),
+        notes=tuple(f"{part}: in the checkpoint, not in the state; left alone" for part in ignored),
+    )
+
+
+def _named(run: Run, checkpoint: Any) -> tuple[Run, list[str]]:
+    if hasattr(checkpoint, "filesystem") and hasattr(checkpoint, "path"):
+        storage, path = RetryingStorage(PyarrowStorage(checkpoint.filesystem)), str(checkpoint.path)
+    elif layout.parse_name(str(checkpoint)) is not None:
+        return run, [str(checkpoint)]
+    else:
+        storage, path = resolve(str(checkpoint))
+    directory, name = posixpath.split(path.rstrip("/"))
+    return DirectoryRun(storage, directory, directory), [name]
+
+
+def _open(run: Run, name: str, ranks: Ranks) -> OpenCheckpoint:
+    """Read once on rank 0, decoded on every rank from the same bytes."""
+    found: Any = None
+    if ranks.rank == 0:
+        outcome = Outcome()
+        with outcome.catch():
+            found = opening.fetch(run.storage, posixpath.join(run.path, name))
+        if outcome.error is not None:
+            found = Failure.of(outcome.error)
+    found = ranks.broadcast("share the index", found)
+    if isinstance(found, Failure):
+        _agree("open", {0: found})
+    assert isinstance(found, opening.RawCheckpoint)
+    try:
+        return opening.parse(found)
+    except DamagedCheckpoint as error:
+        raise Rejected(str(error)) from error
+
+
+def _match(state: parts.State, run: Run, opened: OpenCheckpoint, world: World, ranks: Ranks) -> dict[str, Filled]:
+    outcome = Outcome()
+    template = parts.collect(state, ranks.rank, outcome)
+    planner = DefaultLoadPlanner()
+    with outcome.catch():
+        planner.set_up_planner(template)
+    ranks.raise_if_any_failed("collect the state", outcome)
+    flat = planner.state_dict
+    everyones_keys = _union_of_keys(planner.mappings, ranks)
+    saved = parts.saved_parts(opened)
+    problems = [
+        f"{name}: the checkpoint has no such part; it has {', '.join(sorted(saved))}" for name in set(state) - saved
+    ]
+    filled: dict[str, Filled] = {}
+    refusals: list[ResizeRefused] = []
+    for name in sorted(set(state) & saved):
+        part, mine = state[name], {key: value for key, value in flat.items() if planner.mappings[key][0] == name}
+        # For each by itself: a strict part may meet the other ranks in a collective, and an error here must not keep
+        # this rank from the next one.
+        with outcome.catch():
+            try:
+                if isinstance(part, StrictPart):
+                    keys = frozenset(key for key, first in everyones_keys.items() if first == name)
+                    match = matching.match_strict(name, part, mine, keys, opened)
+                    problems += match.problems
+                    if not match.problems:
+                        filled[name] = fill_strict(part, template[name], mine, planner.mappings, match, run, opened)
+                elif isinstance(part, RankPart):
+                    filled[name] = fill_rank_part(name, part, mine, world, run, opened)
+                else:
+                    filled[name] = fill(part, (name,), mine, run, opened)
+            except ResizeRefused as error:
+                refusals.append(error)
+            if name in filled and not isinstance(filled[name].value, EveryRank):
+                problems += [f"{name}: {problem}" for problem in _check_saved(part, filled[name].value)]
+    _agree_on_problems(opened, problems, refusals, outcome, ranks)
+    return filled
+
+
+def _agree_on_problems(
+    opened: OpenCheckpoint, problems: list[str], refusals: list[ResizeRefused], outcome: Outcome, ranks: Ranks
+) -> None:
+    """Every rank's problems are raised on every rank, all in one error, before anything is touched."""
+    mine = None if outcome.error is None else Failure.of(outcome.error)
+    everyone = ranks.all_gather("match the state", (mine, problems, refusals))
+    _agree("match", {rank: failure for rank, (failure, _, _) in enumerate(everyone) if failure is not None})
+    every_problem = sorted({problem for _, found, _ in everyone for problem in found})
+    refused = {error.part: error for _, _, found in everyone for error in found}
+    if every_problem or len(refused) > 1:
+        raise StateMismatch(opened.path, (*every_problem, *map(str, refused.values())))
+    for error in refused.values():
+        raise error
+
+
+def _union_of_keys(mappings: Mapping[str, tuple[str | int, ...]], ranks: Ranks) -> dict[str, str]:
+    """Every key that some rank's state has, to the name of its part."""
+    mine = {key: str(path[0]) for key, path in mappings.items()}
+    # With data parallelism all ranks have the same keys, and one small collective is all it takes to know.
+    digest = int(checksum("\n".join(sorted(mine)).encode()), 16) >> 1
+    digests = ranks.all_gather_ints("compare keys", [digest])
+    if all(other == digests[0] for other in digests):
+        return mine
+    return {key: part for of_rank in ranks.all_gather("gather keys", mine) for key, part in of_rank.items()}
+
+
+def _read(
+    run: Run, opened: OpenCheckpoint, filled: Mapping[str, Filled], limits: ReadLimits | None, ranks: Ranks
+) -> dict[str, ReadStatistics]:
+    """Fill all tensors, each byte read by one of the ranks that want it; what this rank asked of storage, by part."""
+    requests: dict[str, list[Request]] = {}
+    whole: list[Request] = []
+    shards: list[Request] = []
+    outcome = Outcome()
+    with outcome.catch():
+        for part, contents in filled.items():
+            requests[part] = []
+            for key, request in _requests(opened, contents):
+                requests[part].append(request)
+                if isinstance(contents.part, RankPart):
+                    continue  # nobody else's, or wanted whole by everybody who can use it: not worth telling apart
+                (whole if is_whole(contents.tensors[key]) else shards).append(request)
+    _agree("plan to read", ranks.failures("plan to read", outcome))
+    shared = sharing.share(whole, shards, ranks)
+    mine = shared.read_by(ranks.rank)
+    statistics: dict[str, ReadStatistics] = {}
+    with outcome.catch():
+        for part, of_part in requests.items():
+            own = [request for request in of_part if mine(request)]
+            statistics[part] = read_requests(run.storage, opened.path, own, limits)
+    _agree("read", ranks.failures("read", outcome))
+    # Only now, when all ranks have read all of theirs: what is sent is whole, and everybody is there to receive it.
+    sharing.exchange(shared, ranks)
+    return statistics
+
+
+def _requests(opened: OpenCheckpoint, filled: Filled) -> list[tuple[str, Request]]:
+    """What this rank needs for one part, each with the key of the tensor it goes to."""
+    metadata = opened.metadata(filled.sources)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(filled.tensors), metadata)
+    return [
+        (
+            item.dest_index.fqn,
+            request_of(metadata.storage_data[item.storage_index], item, planner.resolve_tensor(item).detach()),
+        )
+        for item in planner.create_local_plan().items
+    ]
+
+
+def _check_saved(part: Any, value: Any) -> tuple[str, ...]:
+    check = getattr(part, "check_saved", None)
+    return () if check is None else tuple(check(value))
+
+
+def _load(part: Any, value: Any, world: World) -> str:
+    """Hand a part its value. What it says of a resize; nothing if it was not asked for one."""
+    if isinstance(value, EveryRank):
+        return str(part.resize(value, world))
+    part.load_state_dict(value)
+    return ""
+
+
+def _verify_all(run: Run, opened: OpenCheckpoint, ranks: Ranks) -> None:
+    """Every byte of every file, the files dealt out to the ranks."""
+    outcome = Outcome()
+    with outcome.catch():
+        if opened.manifest is None:
+            raise DamagedCheckpoint(opened.path, "has no checksums to verify; it was not written by this package")
+        for number, (name, file) in enumerate(sorted(opened.manifest.files.items())):
+            if number % ranks.world_size == ranks.rank:
+                verifying.verify_file(run.storage, posixpath.join(opened.path, name), file)
+    _agree("verify", ranks.failures("verify", outcome))
+
+
+def _agree(phase: str, failures: Mapping[int, Failure]) -> None:
+    """Damage on any rank rejects the checkpoint on all of them; any other failure ends the restore."""
+    if not failures:
+        return
+    if all(failure.damage for failure in failures.values()):
+        raise Rejected("; ".join(f"rank {rank}: {failure.text}" for rank, failure in sorted(failures.items())))
+    raise RankFailed(f"{phase} the checkpoint", {rank: failure.text for rank, failure in failures.items()})

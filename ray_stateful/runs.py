@@ -1,0 +1,76 @@
+"""A run: the directory its checkpoints are in, and whom to tell about them.
+
+`checkpoint.py` asks only this of its surroundings. Inside a Ray Train worker the answer is
+`ray_stateful.ray_train.RayRun`; elsewhere it is a `DirectoryRun`: a directory, and nobody to tell.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ray_stateful.format import layout
+from ray_stateful.storage.base import Storage
+
+logger = logging.getLogger(__name__)
+
+
+class Run(Protocol):
+    """Where checkpoints of this run are, and who keeps count of them.
+
+    `path` is the run's directory on `storage`; a checkpoint is a directory directly in it.
+    """
+
+    @property
+    def storage(self) -> Storage: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def uri(self) -> str: ...
+
+    def prepare_report(self, metrics: dict[str, Any], name: str) -> Any:
+        """What `report` will be given, made and checked on every rank before the checkpoint is committed.
+
+        Raises:
+            ValueError: a metric is not a plain JSON value; names it.
+        """
+        ...
+
+    def report(self, prepared: Any) -> None:
+        """Tell whoever counts checkpoints. Collective: all ranks call it, or none does."""
+        ...
+
+    def candidates(self) -> list[str]:
+        """Names of checkpoints to resume from, newest first. Called on rank 0 alone."""
+        ...
+
+    def tracked(self) -> frozenset[str] | None:
+        """Names that somebody else counts, and deletes; `None` when nobody does. Called on rank 0 alone."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryRun:
+    """A run outside Ray Train, or in its local mode: the checkpoints of a directory, found by listing it."""
+
+    storage: Storage
+    path: str
+    uri: str
+
+    def prepare_report(self, metrics: dict[str, Any], name: str) -> dict[str, Any]:
+        return metrics
+
+    def report(self, prepared: dict[str, Any]) -> None:
+        """Nobody counts."""
+
+    def candidates(self) -> list[str]:
+        names = [name for name in self.storage.directories(self.path) if layout.parse_name(name) is not None]
+        committed = [name for name in names if layout.MANIFEST in self.storage.sizes(posixpath.join(self.path, name))]
+        return sorted(committed, reverse=True)
+
+    def tracked(self) -> None:
+        return None

@@ -1,0 +1,270 @@
+"""The fault matrix: phase by rank. Every rank raises, nothing is committed, and the next save succeeds."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from ray_stateful import checkpoint
+from ray_stateful.errors import (
+    CheckpointError,
+    NoIntactCheckpoint,
+    RankFailed,
+    ReportFailed,
+    SaveFailed,
+    StateMismatch,
+    UnsupportedState,
+)
+from ray_stateful.runs import DirectoryRun
+from ray_stateful.states.part import Reconciled, StrictPart
+from ray_stateful.storage.base import Storage
+from ray_stateful.storage.uris import resolve
+from ray_stateful.testing import Fail, FaultyStorage, Flip, Truncate, run_ranks
+
+WORLD = 3
+
+
+class Shards(StrictPart):
+    """A tensor sharded over all ranks, and one value."""
+
+    def __init__(self, fill, rows=3000, dtype=torch.float32):
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        self.tensor = distribute_tensor(torch.full((rows, 4), float(fill), dtype=dtype), mesh, [Shard(0)])
+        self.value = fill
+
+    def state_dict(self):
+        return {"tensor": self.tensor, "value": self.value}
+
+    def load_state_dict(self, state_dict):
+        self.value = state_dict["value"]
+
+    def reconcile(self, missing, unexpected):
+        return Reconciled(problems=tuple(f"{key}: on one side only" for key in sorted(missing | unexpected)))
+
+    def holds(self, fill):
+        return self.value == fill and bool((self.tensor.to_local() == fill).all())
+
+
+class BadPart(Shards):
+    """Cannot say what its state is, on one rank."""
+
+    def __init__(self, bad_rank):
+        super().__init__(0)
+        self.bad_rank = bad_rank
+
+    def state_dict(self):
+        if dist.get_rank() == self.bad_rank:
+            raise RuntimeError("this rank has lost its state")
+        return super().state_dict()
+
+
+@dataclass
+class FailingRun:
+    """A directory, and somebody to report to who does not answer one rank."""
+
+    storage: Storage
+    path: str
+    uri: str
+    bad_rank: int
+    phase: str
+    reports: list = field(default_factory=list)
+
+    def prepare_report(self, metrics, name):
+        if self.phase == "prepare report" and dist.get_rank() == self.bad_rank:
+            raise ValueError("metric 'loss' is an object")
+        return name
+
+    def report(self, prepared):
+        if self.phase == "report" and dist.get_rank() == self.bad_rank:
+            raise RuntimeError("the controller is gone")
+        self.reports.append(prepared)
+
+    def candidates(self):
+        return DirectoryRun(self.storage, self.path, self.uri).candidates()
+
+    def tracked(self):
+        return None
+
+
+FAULTS = {
+    "write": Fail("sink.write", error=OSError(28, "No space left on device")),
+    "publish": Fail("publish", error=OSError(5, "Input/output error")),
+    "commit": Fail("write", path="index", error=PermissionError(13, "denied")),
+    "manifest": Fail("write", path="manifest", error=PermissionError(13, "denied")),
+}
+
+
+def save_with_fault(root, phase, bad_rank):
+    storage = resolve(root)[0].inner
+    faults = [FAULTS[phase]] if phase in FAULTS and dist.get_rank() == bad_rank else []
+    run = FailingRun(FaultyStorage(storage, faults), root, root, bad_rank, phase)
+    part = BadPart(bad_rank) if phase == "plan" else Shards(1)
+    try:
+        checkpoint.save({"part": part}, step=1, run=run, timeout_s=20)
+        first = None
+    except (SaveFailed, ReportFailed) as error:
+        first = error
+    committed = DirectoryRun(storage, root, root).candidates()
+    run.phase, run.storage = "", storage
+    second = checkpoint.save({"part": Shards(2)}, step=2, run=run, timeout_s=20)
+    fresh = Shards(0)
+    checkpoint.restore({"part": fresh}, run=run, timeout_s=20)
+    return first, committed, second.name, run.reports, fresh.holds(2)
+
+
+# The commit is made on rank 0 alone: there is no other rank whose commit could fail.
+MATRIX = [(phase, rank) for phase in ("plan", "prepare report", "write", "publish", "report") for rank in range(WORLD)]
+MATRIX += [("commit", 0), ("manifest", 0)]
+
+
+def save_with_every_fault(root):
+    return [save_with_fault(f"{root}/{phase.replace(' ', '_')}_{rank}", phase, rank) for phase, rank in MATRIX]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    found = run_ranks(WORLD, save_with_every_fault, str(tmp_path_factory.mktemp("faults")), timeout_s=150)
+    for outcome in found:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return {case: [found[rank][n] for rank in range(WORLD)] for n, case in enumerate(MATRIX)}
+
+
+@pytest.mark.parametrize(("phase", "bad_rank"), MATRIX)
+def test_failed_save_raises_on_every_rank_commits_nothing_and_the_next_one_succeeds(outcomes, phase, bad_rank):
+    errors = [error for error, *_ in outcomes[phase, bad_rank]]
+
+    expected = ReportFailed if phase == "report" else SaveFailed
+    assert [expected] * WORLD == [type(error) for error in errors]
+    assert all(list(error.causes) == [bad_rank] for error in errors)
+    for _, committed, second, reports, restored in outcomes[phase, bad_rank]:
+        # Whole and committed is what a failed report leaves behind; every other failure leaves nothing.
+        assert len(committed) == (1 if phase == "report" else 0)
+        assert reports[-1] == second
+        assert restored
+
+
+def test_no_rank_reports_a_checkpoint_that_failed(outcomes):
+    for (phase, bad_rank), of_ranks in outcomes.items():
+        reported = {rank: len(reports) for rank, (_, _, _, reports, _) in enumerate(of_ranks)}
+        others = 2 if phase == "report" else 1
+        assert reported == {rank: 1 if rank == bad_rank else others for rank in range(WORLD)}, phase
+
+
+def damaged_reads(root):
+    """Rank 1 alone meets damage in the newest checkpoint, of three kinds; all ranks must take the older one."""
+    storage = resolve(root)[0].inner
+    run = DirectoryRun(storage, root, root)
+    for step in (1, 2):
+        checkpoint.save({"part": Shards(step)}, step=step, run=run, timeout_s=20)
+    newest = run.candidates()[0]
+    results = []
+    for fault in (
+        Flip("read", path=f"{newest}/__", rank=1, byte=100),
+        Truncate("read", path=f"{newest}/__", rank=1, keep_bytes=10),
+        Fail("read", path=f"{newest}/__", rank=1, error=FileNotFoundError(2, "gone")),
+    ):
+        fresh = Shards(0)
+        faulty = DirectoryRun(FaultyStorage(storage, [fault]), root, root)
+        report = checkpoint.restore({"part": fresh}, run=faulty, timeout_s=20)
+        results.append((report.step, fresh.holds(1), list(report.rejected), next(iter(report.rejected.values()))))
+    denied = FaultyStorage(storage, [Fail("read", path="__", rank=1, num_times=None, error=PermissionError(13, "no"))])
+    flipped = FaultyStorage(storage, [Flip("read", path="__", rank=1, num_times=None)])
+    for faulty in (denied, flipped):
+        try:
+            results.append(checkpoint.restore({"part": Shards(0)}, run=DirectoryRun(faulty, root, root), timeout_s=20))
+        except (RankFailed, NoIntactCheckpoint) as error:
+            results.append(error)
+    for wrong in (Shards(0, rows=2999), Shards(0, dtype=torch.float64)):
+        try:
+            results.append(checkpoint.restore({"part": wrong, "more": Shards(0)}, run=run, timeout_s=20))
+        except StateMismatch as error:
+            results.append((error, wrong.holds(0)))
+    return results
+
+
+def test_damage_that_one_rank_meets_makes_all_ranks_take_the_older_checkpoint_and_say_so(tmp_path):
+    outcomes = run_ranks(WORLD, damaged_reads, str(tmp_path))
+
+    for outcome in outcomes:
+        for step, holds, rejected, why in outcome[:3]:
+            assert (step, holds) == (1, True)
+            assert rejected[0].startswith("checkpoint_s0000000002")
+            assert "rank 1" in why
+        denied, nothing_left, misshapen, mistyped = outcome[3:]
+        # Being locked out is not damage: going back to an older checkpoint would cost steps for nothing.
+        assert isinstance(denied, RankFailed)
+        assert isinstance(nothing_left, NoIntactCheckpoint)
+        assert len(nothing_left.rejected) == 2
+        for (error, untouched), named in ((misshapen, "2999"), (mistyped, "float64")):
+            assert isinstance(error, StateMismatch)
+            assert named in str(error)
+            assert "no such part" in str(error)
+            assert untouched
+
+
+def one_value_each(root):
+    class Different:
+        def state_dict(self):
+            return {"seen": dist.get_rank(), "t": torch.zeros(1)}
+
+        def load_state_dict(self, state_dict):
+            raise AssertionError("never restored")
+
+    checkpoint.save({"part": Different()}, step=1, run=root, timeout_s=20)
+
+
+def test_a_value_that_differs_between_ranks_is_refused_by_name_instead_of_keeping_one_copy(tmp_path):
+    outcomes = run_ranks(2, one_value_each, str(tmp_path))
+
+    assert [SaveFailed] * 2 == [type(outcome) for outcome in outcomes]
+    assert all("part.seen" in str(outcome) for outcome in outcomes)
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+class Meeting(Shards):
+    """Meets the other ranks when it is asked for its state, and when it is given it back."""
+
+    def state_dict(self):
+        dist.barrier()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict):
+        dist.barrier()
+        super().load_state_dict(state_dict)
+
+
+class BadLoader(Shards):
+    def load_state_dict(self, state_dict):
+        if dist.get_rank() == 1:
+            raise RuntimeError("this rank can't take it")
+
+
+def one_part_fails_and_the_next_one_meets(root):
+    results = []
+    for state, act in (
+        ({"a": BadPart(1), "b": Meeting(1)}, lambda state: checkpoint.save(state, step=1, run=root, timeout_s=20)),
+        ({"a": Shards(1), "b": Meeting(1)}, lambda state: checkpoint.save(state, step=2, run=root, timeout_s=20)),
+        ({"a": BadLoader(0), "b": Meeting(0)}, lambda state: checkpoint.restore(state, run=root, timeout_s=20)),
+        ({"a": BadPart(1), "b": Meeting(0)}, lambda state: checkpoint.restore(state, run=root, timeout_s=20)),
+        (
+            {f"of_rank_{dist.get_rank()}": Shards(1)},
+            lambda state: checkpoint.save(state, step=3, run=root, timeout_s=20),
+        ),
+    ):
+        try:
+            act(state)
+            results.append(None)
+        except CheckpointError as error:
+            results.append(type(error))
+    return results
+
+
+def test_a_rank_whose_part_fails_still_meets_the_others_in_the_next_part(tmp_path):
+    outcomes = run_ranks(2, one_part_fails_and_the_next_one_meets, str(tmp_path), timeout_s=60)
+
+    assert outcomes == [[SaveFailed, None, RankFailed, RankFailed, UnsupportedState]] * 2

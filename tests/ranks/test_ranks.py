@@ -1,0 +1,99 @@
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ray_stateful.errors import RankFailed, RankTimeout
+from ray_stateful.ranks import Outcome, Ranks
+from ray_stateful.testing import RanksHung, run_ranks
+
+
+def fail_on(bad_rank):
+    ranks = Ranks.of_world(timeout_s=20)
+    outcome = Outcome()
+    with outcome.catch():
+        if ranks.rank == bad_rank:
+            raise OSError("disk full")
+    ranks.raise_if_any_failed("write", outcome)
+
+
+@pytest.mark.parametrize("bad_rank", [0, 2])
+def test_one_ranks_failure_is_raised_on_every_rank(bad_rank):
+    outcomes = run_ranks(3, fail_on, bad_rank)
+
+    assert [RankFailed] * 3 == [type(outcome) for outcome in outcomes]
+    assert all(outcome.causes == {bad_rank: "OSError: disk full"} for outcome in outcomes)
+
+
+def leave_one_out():
+    ranks = Ranks.of_world(timeout_s=1.0)
+    if ranks.rank == 1:
+        time.sleep(3)  # not synchronisation: this rank is the one that does not come
+        return None
+    return ranks.all_gather("agree", ranks.rank)
+
+
+def test_a_rank_that_never_arrives_is_a_timeout_that_names_the_phase():
+    outcomes = run_ranks(2, leave_one_out)
+
+    assert type(outcomes[0]) is RankTimeout
+    assert outcomes[0].phase == "agree"
+
+
+def die():
+    if dist.get_rank() == 1:
+        os._exit(7)
+    return torch.ones(1).item()
+
+
+def test_a_rank_that_dies_is_an_outcome_that_names_its_exit_code():
+    outcomes = run_ranks(2, die)
+
+    assert outcomes[0] == 1.0
+    assert isinstance(outcomes[1], ChildProcessError)
+    assert "7" in str(outcomes[1])
+
+
+def hang_in(rank):
+    if dist.get_rank() == rank:
+        time.sleep(60)  # longer than the deadline of the test
+
+
+def test_a_hung_rank_becomes_a_stack_trace():
+    with pytest.raises(RanksHung, match="hang_in"):
+        run_ranks(2, hang_in, 1, timeout_s=6)
+
+
+def all_collectives():
+    ranks = Ranks.of_world(timeout_s=20)
+    return (
+        ranks.broadcast("b", f"from {ranks.rank}"),
+        ranks.gather("g", ranks.rank),
+        ranks.all_gather("a", ranks.rank * 10),
+        ranks.scatter("s", [f"to {r}" for r in range(ranks.world_size)]),
+        ranks.all_gather_ints("i", [ranks.rank, -1]),
+    )
+
+
+def test_collectives_give_every_rank_its_part():
+    first, second = run_ranks(2, all_collectives)
+
+    assert first == ("from 0", [0, 1], [0, 10], "to 0", [[0, -1], [1, -1]])
+    assert second == ("from 0", [], [0, 10], "to 1", [[0, -1], [1, -1]])
+
+
+def groups_of_our_own():
+    first, again = Ranks.of_world(timeout_s=20), Ranks.of_world(timeout_s=20)
+    other = Ranks.of_world(timeout_s=20, purpose="background")
+    return (
+        dist.get_backend(first.group),
+        first.group is again.group,
+        first.group is other.group,
+        first.group is dist.group.WORLD,
+    )
+
+
+def test_the_group_is_a_cpu_group_of_our_own_made_once_for_each_purpose():
+    assert run_ranks(2, groups_of_our_own) == [("gloo", True, False, False)] * 2

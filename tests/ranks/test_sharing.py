@@ -1,0 +1,97 @@
+"""Replicas: each byte is read from storage once, by one of the ranks that want it, and is right on all of them."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from ray_stateful import RandomState, checkpoint
+from ray_stateful.errors import NoIntactCheckpoint
+from ray_stateful.runs import DirectoryRun
+from ray_stateful.states.part import Reconciled, StrictPart
+from ray_stateful.storage import sharing
+from ray_stateful.storage.uris import resolve
+from ray_stateful.testing import FaultyStorage, Flip, run_ranks
+
+SHAPES = {"large": (4096, 64), "uneven": (37, 5), "one_row": (1, 8), "scalar": (), "bfloat16": (300, 2), "none": (0, 3)}
+
+
+def whole(name):
+    values = torch.arange(float(torch.Size(SHAPES[name]).numel())).reshape(SHAPES[name]) + len(name)
+    return values.bfloat16() if name == "bfloat16" else values
+
+
+class Placed(StrictPart):
+    """The tensors of SHAPES, placed over a mesh; scalars and `plain` are ordinary tensors."""
+
+    def __init__(self, mesh_shape, placements, filled):
+        mesh = init_device_mesh("cpu", mesh_shape)
+        self.tensors = {"plain": torch.arange(1000.0) if filled else torch.zeros(1000)}
+        for name in SHAPES:
+            value = whole(name) if filled else torch.zeros_like(whole(name))
+            self.tensors[name] = value if value.dim() == 0 else distribute_tensor(value, mesh, placements)
+
+    def state_dict(self):
+        return self.tensors
+
+    def load_state_dict(self, state_dict):
+        pass
+
+    def reconcile(self, missing, unexpected):
+        return Reconciled(problems=tuple(sorted(missing | unexpected)))
+
+    def is_right(self):
+        expected = {name: whole(name) for name in SHAPES} | {"plain": torch.arange(1000.0)}
+        found = {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in self.tensors.items()}
+        return all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def restore_as(run, placements_of_case):
+    sharing._BUCKET_BYTES = 64 << 10  # so that several buckets, and tensors larger than one, are sent
+    results = []
+    world = dist.get_world_size()
+    if run.endswith("saved"):
+        state = {"part": Placed((world,), [Shard(0)], True), "random": RandomState()}
+        checkpoint.save(state, step=1, run=run, timeout_s=30)
+    storage, path = resolve(run)
+    for mesh_shape, placements in placements_of_case:
+        part = Placed(mesh_shape, placements, False)
+        # Beside a part that is another one on every rank, as random streams are.
+        report = checkpoint.restore({"part": part, "random": RandomState()}, run=run, timeout_s=30)
+        of_part = next(line for line in str(report).splitlines() if line.startswith("  part"))
+        results.append((part.is_right(), report.statistics.bytes_read, report.statistics.bytes_wanted, of_part))
+    # One rank meets damage among what it reads for all: the others must not be left waiting for it.
+    faulty = FaultyStorage(storage.inner, [Flip("read", path="__", rank=1, num_times=None, byte=300)])
+    try:
+        checkpoint.restore(
+            {"part": Placed((world,), [Replicate()], False)}, run=DirectoryRun(faulty, path, run), timeout_s=30
+        )
+        results.append("restored")
+    except NoIntactCheckpoint as error:
+        results.append(type(error).__name__)
+    return results
+
+
+BYTES = sum(whole(name).nbytes for name in SHAPES) + 4000
+
+
+def test_replicated_tensors_are_read_once_and_sent_to_the_other_replicas(tmp_path):
+    cases = [
+        ((4,), [Replicate()]),
+        ((4,), [Shard(0)]),
+        ((2, 2), [Replicate(), Shard(0)]),
+        ((2, 2), [Shard(0), Replicate()]),
+        ((2, 2), [Shard(0), Shard(1)]),
+    ]
+    outcomes = run_ranks(4, restore_as, str(tmp_path / "saved"), cases)
+
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        for (right, bytes_read, bytes_wanted, of_part), case in zip(outcome, cases, strict=False):
+            assert right, case
+            # Whatever the placement: what the world needs, once; and each rank's own stream of 5,056 bytes.
+            assert bytes_wanted == BYTES + 4 * 5056, case
+            assert bytes_read <= 1.02 * bytes_wanted or case[1] == [Shard(0), Shard(1)], case
+            assert "x of what this world needs" in of_part
+        assert outcome[-1] == "NoIntactCheckpoint"

@@ -1,0 +1,235 @@
+"""One process: what is saved comes back, also through stock tools, also from stock tools."""
+
+import collections
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from ray_stateful import checkpoint
+from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, UnsupportedState
+from ray_stateful.format import layout
+from ray_stateful.storage.reader import CheckpointReader
+from ray_stateful.storage.writer import CheckpointWriter
+
+# One process without a process group is what these tests are about.
+alone = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+
+
+class Part:
+    """A part that is whatever it was given."""
+
+    def __init__(self, value=None):
+        self.value = value
+
+    def state_dict(self):
+        return self.value
+
+    def load_state_dict(self, value):
+        self.value = value
+
+
+def manifest_of(report):
+    with open(f"{report.uri}/{layout.MANIFEST}") as file:
+        return json.load(file)
+
+
+def mixed():
+    return {
+        "numbers": {1: "an int key", "one": "a string key", 2.5: (1, 2, float("nan"))},
+        "milestones": collections.Counter({30: 1, 80: 2}),
+        "empty": {},
+        "nested": [{"weights": torch.arange(6.0).reshape(2, 3)}, None, {"deep": [torch.tensor(True), 7]}],
+        "by_number": {0: {"moment": torch.randn(3)}, 1: {"moment": torch.randn(2)}},
+        "array": np.arange(4, dtype=np.float16),
+        "scalar": np.float64(1.5),
+        "bytes": b"\x00\xff",
+        "bfloat16": torch.randn(5).bfloat16(),
+        "no_elements": torch.empty(0, 3),
+    }
+
+
+def assert_same(found, expected, where="state"):
+    assert type(found) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype, where
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype, where
+        assert np.array_equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected) or set(found) == set(expected), where
+        for key in expected:
+            assert_same(found[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for n, item in enumerate(expected):
+            assert_same(found[n], item, f"{where}[{n}]")
+    else:
+        assert found == expected or (found != found and expected != expected), where
+
+
+def test_any_structure_comes_back_as_it_was(tmp_path):
+    value = mixed()
+    saved = checkpoint.save({"thing": Part(value)}, step=7, samples=70, run=str(tmp_path))
+    fresh = Part()
+
+    report = checkpoint.restore({"thing": fresh}, run=str(tmp_path))
+
+    assert (report.step, report.samples, report.verified) == (7, 70, True)
+    assert saved.num_bytes == sum(path.stat().st_size for path in tmp_path.glob("*/__0_*.distcp"))
+    assert_same(fresh.value, value)
+
+
+def test_what_will_become_of_each_part_is_said_before_any_is_touched(tmp_path, caplog):
+    checkpoint.save({"thing": Part({"t": torch.zeros(3)})}, step=1, run=str(tmp_path))
+    said_before_loading = []
+
+    class Fresh(Part):
+        def load_state_dict(self, value):
+            said_before_loading.extend(record.getMessage() for record in caplog.records)
+
+    with caplog.at_level("INFO", logger="ray_stateful"):
+        checkpoint.restore({"thing": Fresh()}, run=str(tmp_path))
+
+    assert any(text.startswith("restoring checkpoint_s0000000001") and "exact" in text for text in said_before_loading)
+
+
+def test_a_run_without_checkpoints_restores_nothing(tmp_path):
+    part = Part("as it was")
+
+    assert checkpoint.restore({"thing": part}, run=str(tmp_path / "new")) is None
+    assert part.value == "as it was"
+
+
+@alone
+def test_stock_dcp_loads_what_we_saved(tmp_path):
+    tensors = {"a": torch.randn(3, 4), "b": {"c": torch.randn(2).bfloat16(), "n": 5}}
+    report = checkpoint.save({"thing": Part(tensors)}, step=1, run=str(tmp_path))
+    found = {"thing": {"a": torch.zeros(3, 4), "b": {"c": torch.zeros(2).bfloat16(), "n": 0}}}
+
+    dcp.load(found, checkpoint_id=report.uri, no_dist=True)
+
+    assert torch.equal(found["thing"]["a"], tensors["a"])
+    assert torch.equal(found["thing"]["b"]["c"], tensors["b"]["c"])
+    assert found["thing"]["b"]["n"] == 5
+
+
+@alone
+def test_we_load_what_stock_dcp_saved_and_say_that_it_is_unverified(tmp_path):
+    tensors = {"a": torch.randn(3, 4), "b": {"c": torch.randn(2).bfloat16(), "n": 5, "l": [1, (2, 3)]}}
+    dcp.save({"thing": tensors}, checkpoint_id=str(tmp_path / "theirs"), no_dist=True)
+    fresh = Part()
+
+    report = checkpoint.restore({"thing": fresh}, checkpoint=str(tmp_path / "theirs"), run=str(tmp_path))
+
+    assert_same(fresh.value, tensors)
+    assert not report.verified
+    assert "unverified" in str(report)
+
+
+@alone
+def test_bare_dcp_save_and_load_work_with_our_writer_and_reader(tmp_path):
+    tensors = {"a": torch.randn(300, 40), "n": 5}
+    dcp.save({"thing": tensors}, storage_writer=CheckpointWriter(str(tmp_path / "bare")), no_dist=True)
+    found = {"thing": {"a": torch.zeros(300, 40), "n": 0}}
+
+    reader = CheckpointReader(str(tmp_path / "bare"))
+    dcp.load(found, storage_reader=reader, no_dist=True)
+
+    assert torch.equal(found["thing"]["a"], tensors["a"])
+    assert found["thing"]["n"] == 5
+    assert reader.statistics.bytes_read == 300 * 40 * 4
+
+
+def test_equal_values_are_stored_once(tmp_path):
+    many = {f"group{n}": {"t": torch.zeros(1), "lr": 0.001} for n in range(50)}
+    report = checkpoint.save({"thing": Part(many)}, step=1, run=str(tmp_path))
+
+    from ray_stateful.storage import opening
+    from ray_stateful.storage.uris import resolve
+
+    opened = opening.parse(opening.fetch(*resolve(report.uri)))
+    places = {(c.file, c.item_offset) for chunks in opened.chunks.values() for c in chunks if c.dtype is None}
+    assert len(places) <= 2  # one in each file
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ({"fn": lambda: 0}, "function"),
+        ({"t": torch.zeros(2).to_sparse()}, "sparse"),
+        ({"t": torch.zeros(1), "deep": [object()]}, "object"),
+        ({("a", 1): torch.zeros(1)}, r"\('a', 1\)"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_by_name_and_nothing_is_written(tmp_path, value, named):
+    with pytest.raises(SaveFailed, match=named):
+        checkpoint.save({"thing": Part(value)}, step=1, run=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("state", [{}, {"a.b": Part(1)}, {"plain": {"a": 1}}])
+def test_what_is_not_a_state_is_refused(tmp_path, state):
+    with pytest.raises(UnsupportedState):
+        checkpoint.save(state, step=1, run=str(tmp_path))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_older_one_and_says_so(tmp_path):
+    for step in (1, 2):
+        report = checkpoint.save({"thing": Part({"t": torch.full((5000,), float(step))})}, step=step, run=str(tmp_path))
+    item = next(tmp_path.glob(f"{report.name}/__0_*.distcp"))
+    data = bytearray(item.read_bytes())
+    data[len(data) // 2] ^= 1
+    item.write_bytes(data)
+    fresh = Part()
+
+    restored = checkpoint.restore({"thing": fresh}, run=str(tmp_path))
+
+    assert restored.step == 1
+    assert torch.equal(fresh.value["t"], torch.full((5000,), 1.0))
+    assert item.name in str(restored)
+    assert "that costs 1 steps" in str(restored)
+
+
+def test_what_no_reader_would_take_is_not_committed(tmp_path):
+    deep = torch.zeros(1)
+    for _ in range(70):
+        deep = {"down": deep}
+
+    with pytest.raises(SaveFailed, match="path"):
+        checkpoint.save({"thing": Part(deep)}, step=1, run=str(tmp_path))
+    assert list(tmp_path.glob("*/manifest.json")) == []
+
+
+def test_when_no_checkpoint_is_intact_it_is_an_error_and_never_a_start_from_scratch(tmp_path):
+    report = checkpoint.save({"thing": Part({"t": torch.zeros(10)})}, step=1, run=str(tmp_path))
+    next(tmp_path.glob(f"{report.name}/__0_*.distcp")).write_bytes(b"")
+
+    with pytest.raises(NoIntactCheckpoint, match="0 bytes"):
+        checkpoint.restore({"thing": Part()}, run=str(tmp_path))
+
+
+def test_stock_tools_need_nothing_of_this_package_to_open_what_we_saved(tmp_path):
+    value = {"by_number": {0: {"moment": torch.randn(3)}, 7: {"moment": torch.randn(2)}}, "lr": 0.5}
+    report = checkpoint.save({"thing": Part(value)}, step=1, run=str(tmp_path))
+    metadata = Path(report.uri, layout.DCP_METADATA).read_bytes()
+
+    assert b"ray_stateful" not in metadata
+    # In a process of its own, with the package out of reach.
+    script = f"""
+import sys
+sys.modules["ray_stateful"] = None
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+dcp_to_torch_save({report.uri!r}, {str(tmp_path / "out.pt")!r})
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert torch.equal(found["thing"]["by_number"]["7"]["moment"], value["by_number"][7]["moment"])
+    assert found["thing"]["lr"] == 0.5

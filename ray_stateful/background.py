@@ -1,0 +1,94 @@
+"""Saving while training goes on: one save in flight, written by a thread over a process group of its own.
+
+The training thread pays for `begin`: collecting the state and one copy of the local shards. The thread does the rest
+up to the commit. The report is made by the training thread again, at the first step boundary at which every rank's
+thread has ended.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from ray_stateful.checkpoint import Saving
+from ray_stateful.errors import RankFailed, RankTimeout
+from ray_stateful.ranks import Outcome, Ranks
+from ray_stateful.report import SaveReport
+from ray_stateful.storage.staging import Staging
+
+
+class BackgroundSaver:
+    """At most one save in flight.
+
+    Args:
+        ranks: Over a group that nothing else uses: a group shared with training would deadlock.
+        timeout_s: How long `wait` waits.
+    """
+
+    def __init__(self, ranks: Ranks, timeout_s: float) -> None:
+        self._ranks, self._timeout_s = ranks, timeout_s
+        self._staging = Staging()
+        self._saving: Saving | None = None
+        self._thread: threading.Thread | None = None
+        self._outcome = Outcome()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save was begun and not finished."""
+        return self._saving is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's thread of the save in flight has ended, well or not. Local."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def begin(self, saving: Saving) -> None:
+        """Copy the state and start to write it. Collective only as far as the parts' `state_dict` are."""
+        # The buffers hold the last save until it is finished: filling them now would tear it.
+        assert not self.busy
+        saving.collect(self._staging)
+        self._saving, self._outcome = saving, Outcome()
+        self._thread = threading.Thread(
+            target=self._write, args=(saving, self._outcome), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for this rank's thread.
+
+        Raises:
+            RankTimeout: it has not ended in time.
+        """
+        assert self._thread is not None
+        began = time.monotonic()
+        self._thread.join(self._timeout_s)
+        if self._thread.is_alive():
+            waited_s = time.monotonic() - began
+            raise RankTimeout("end a background save", self._ranks.rank, waited_s, "its thread is still writing")
+
+    def finish(self, ranks: Ranks) -> SaveReport:
+        """Report the save, or raise what it ended with. Collective; only when every rank's thread has ended.
+
+        Args:
+            ranks: Of the training thread.
+
+        Raises:
+            SaveFailed: on every rank; nothing was committed.
+            ReportFailed: on every rank; the checkpoint is committed.
+            RankFailed: on the ranks that had done their part, if another one ran into its deadline.
+        """
+        assert self.written
+        assert self._saving is not None
+        saving, self._saving, self._thread = self._saving, None, None
+        failures = ranks.failures("end a background save", self._outcome)
+        if not failures:
+            return saving.report(ranks)
+        # A write that was given up may still read from its buffer.
+        self._staging = Staging()
+        if self._outcome.error is not None:
+            raise self._outcome.error
+        raise RankFailed("save in the background", {rank: failure.text for rank, failure in failures.items()})
+
+    def _write(self, saving: Saving, outcome: Outcome) -> None:
+        with outcome.catch():
+            saving.write(self._ranks)

@@ -1,0 +1,290 @@
+"""When to save: every so many steps or seconds, at the end, before a planned change of the workers, and on request.
+
+What a save is stands in `ray_stateful.checkpoint`. Here is only the decision, which is one for all ranks: at each
+step boundary every rank says what it would like, in one small collective on a CPU group, and all of them do what any
+of them asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+from typing_extensions import Self
+
+from ray_stateful import orphans, ray_train, save_requests
+from ray_stateful.background import BackgroundSaver
+from ray_stateful.checkpoint import Saving
+from ray_stateful.checkpoint import restore as _restore
+from ray_stateful.decisions import Decision, Reason, decide
+from ray_stateful.errors import SaveFailed
+from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Ranks, current_rank
+from ray_stateful.report import ResumeReport, SaveReport
+from ray_stateful.runs import Run
+from ray_stateful.storage.plan_cache import PlanCache
+from ray_stateful.storage.ranges import ReadLimits
+from ray_stateful.storage.writer import DEFAULT_NUM_FILES
+
+logger = logging.getLogger(__name__)
+
+# With a version of Ray whose answer is a barrier, asking takes some tens of milliseconds.
+_ASK_PREEMPTION_EVERY_N_STEPS = 10
+
+# A save is taken to need this much longer than the last one did, before it is left out for lack of time.
+_PREEMPTION_MARGIN = 1.5
+
+
+class Checkpointer:
+    """Counts the steps of a training loop, and saves and restores its state.
+
+    Use it as a context manager: a clean exit saves the last step.
+
+    Args:
+        state: Name to part, as for `ray_stateful.save`.
+        every_n_steps: Save whenever the number of completed steps is a multiple of this.
+        every_s: Save when this many seconds have passed since the last save, on any rank.
+        at_end: Save the last step when the `with` block ends without an exception.
+        background: Write while training goes on; it stands still for one copy of the local shards to host memory,
+            which is kept for the next save. One save is in flight at most: one that is due meanwhile is begun when
+            that has ended. What can't wait (a resize, a preemption, the end) is saved in the foreground, after it.
+        orphans_after_s: Rank 0 deletes, once and in a thread of its own, directories of this run that are older than
+            this, were never committed, and are not known to Ray; see `ray_stateful.orphans`. `None` leaves them.
+        soft_fail: Consecutive failed saves that training goes on through. The next one is raised.
+        run: Where to save: a directory or URI. By default the Ray Train run this worker belongs to.
+        timeout_s: How long this rank waits for the others in any one step of a save or restore.
+
+    `step_count` is the number of optimizer steps completed in the history of the run.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        *,
+        every_n_steps: int | None = None,
+        every_s: float | None = None,
+        at_end: bool = True,
+        background: bool = False,
+        orphans_after_s: float | None = orphans.DEFAULT_AGE_S,
+        soft_fail: int = 0,
+        run: Run | str | None = None,
+        num_files: int = DEFAULT_NUM_FILES,
+        limits: ReadLimits | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("every_s", every_s, 0),
+            ("orphans_after_s", orphans_after_s, 0),
+            ("soft_fail", soft_fail, 0),
+            ("timeout_s", timeout_s, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        self.state = state
+        self.step_count = 0
+        self._every_n_steps, self._every_s, self._at_end = every_n_steps, every_s, at_end
+        self._orphans_after_s = orphans_after_s if current_rank() == 0 else None
+        self._soft_fail = soft_fail
+        self._run = ray_train.find_run(run)
+        self._num_files, self._limits, self._timeout_s = num_files, limits, timeout_s
+        self._ranks = Ranks.of_world(timeout_s)
+        self._background = BackgroundSaver(Ranks.of_world(timeout_s, "background"), timeout_s) if background else None
+        self._plans = PlanCache()
+        self._postponed = False
+        self._requested = threading.Event()
+        self._saved_step: int | None = None
+        self._saved_at_s = time.monotonic()
+        self._save_s: float | None = None
+        self._num_failed = 0
+        self._preemption: ray_train.Preemption | None = None
+        self._preemption_saved: ray_train.Preemption | None = None
+        self._metrics: Mapping[str, Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Save the last step, unless it is saved or the body raised: then nobody knows where the other ranks are."""
+        if kind is not None:
+            return
+        self._agree(Reason.END)
+        self.wait()
+        # A run that trained nothing has nothing to save.
+        if self._at_end and self.step_count > (self._saved_step or 0):
+            # Not softly: there is no later save that could make up for it.
+            self.save(self._metrics)
+
+    def restore(self, *, checkpoint: Any = None, verify: Literal["touched", "full"] = "touched") -> ResumeReport | None:
+        """Load the newest intact checkpoint of this run, if there is one, and go on counting from its step.
+
+        Collective. Raises what `ray_stateful.restore` raises.
+        """
+        report = _restore(
+            self.state,
+            checkpoint=checkpoint,
+            verify=verify,
+            run=self._run,
+            limits=self._limits,
+            timeout_s=self._timeout_s,
+        )
+        if report is not None:
+            self.step_count = self._saved_step = report.step
+        self._saved_at_s = time.monotonic()
+        return report
+
+    def step(self, metrics: Mapping[str, Any] | None = None) -> SaveReport | None:
+        """Count an optimizer step, and save and report it with `metrics` if that is due.
+
+        Collective: every rank calls it after every optimizer step.
+
+        Returns:
+            What was saved, or what a background save has come to; `None` if neither.
+
+        Raises:
+            UnevenSteps: ranks have come to a different number of steps; on every rank.
+            SaveFailed: on every rank, at the save after `soft_fail` failed ones.
+            ReportFailed, RankTimeout: as `ray_stateful.save`; not forgiven by `soft_fail`.
+        """
+        self.step_count += 1
+        self._metrics = metrics
+        for name in sorted(self.state):
+            on_step = getattr(self.state[name], "on_step", None)
+            if on_step is not None:
+                on_step(step=self.step_count)
+        decision = self._agree(self._wishes())
+        report = None
+        if self._background is not None and self._background.busy and decision.written:
+            report = self._softly(self._finish)
+        if not decision.save and not self._postponed:
+            return report
+        if self._background is None or decision.urgent:
+            report = self._softly(lambda: self.save(metrics))
+        elif self._background.busy:
+            self._postponed = True
+        else:
+            self._begin(self._background, metrics)
+        if decision.resize:
+            # What was trained from here on would be thrown away with this worker group.
+            save_requests.hold(decision.resize, None if report is None else report.name)
+        return report
+
+    def save(self, metrics: Mapping[str, Any] | None = None) -> SaveReport:
+        """Save now. Collective. Raises what `ray_stateful.save` raises."""
+        self.wait()
+        saving = self._saving(metrics)
+        saving.agree_on_step(self._ranks)
+        saving.collect()
+        saving.write(self._ranks)
+        return self._saved(saving.report(self._ranks))
+
+    def wait(self) -> None:
+        """Wait for the background save in flight, if there is one, and report it. Collective.
+
+        Raises:
+            SaveFailed: on every rank, if `soft_fail` does not forgive it.
+            RankTimeout: it has not ended in time.
+        """
+        if self._background is not None and self._background.busy:
+            self._background.wait()
+            self._softly(self._finish)
+
+    def request_save(self) -> None:
+        """Ask for a save at the next step boundary; from any thread, on any one rank or more."""
+        self._requested.set()
+
+    def _wishes(self) -> Reason:
+        """What this rank would like, of its own knowledge."""
+        reasons = Reason(0)
+        if self._every_n_steps is not None and self.step_count % self._every_n_steps == 0:
+            reasons |= Reason.STEPS
+        if self._every_s is not None and time.monotonic() - self._saved_at_s >= self._every_s:
+            reasons |= Reason.SECONDS
+        if self._requested.is_set():
+            reasons |= Reason.REQUEST
+        if self.step_count % _ASK_PREEMPTION_EVERY_N_STEPS == 0 and self._is_preempted():
+            reasons |= Reason.PREEMPTION
+        return reasons
+
+    def _agree(self, mine: Reason) -> Decision:
+        """Tell the others what this rank would like, and do as all do."""
+        # Cleared before it is shared: a request that comes in meanwhile is for the next step.
+        self._requested.clear()
+        written = self._background is not None and self._background.written
+        wish = [self.step_count, int(mine), save_requests.save_requested(), int(written)]
+        return decide(self._ranks.all_gather_ints("decide whether to save", wish))
+
+    def _saving(self, metrics: Mapping[str, Any] | None) -> Saving:
+        return Saving(
+            self.state,
+            metrics,
+            step=self.step_count,
+            samples=self._samples(),
+            run=self._run,
+            num_files=self._num_files,
+            plans=self._plans,
+        )
+
+    def _begin(self, background: BackgroundSaver, metrics: Mapping[str, Any] | None) -> None:
+        background.begin(self._saving(metrics))
+        self._postponed = False
+        # The interval counts from here, or a save that takes longer than it would be followed by the next at once.
+        self._saved_at_s = time.monotonic()
+
+    def _finish(self) -> SaveReport:
+        assert self._background is not None
+        return self._saved(self._background.finish(self._ranks))
+
+    def _saved(self, report: SaveReport) -> SaveReport:
+        self._saved_step, self._saved_at_s, self._save_s = report.step, time.monotonic(), report.seconds
+        self._num_failed, self._preemption_saved = 0, self._preemption
+        if self._orphans_after_s is not None:
+            # After a save and not before: there is a newest checkpoint, and storage answers.
+            after_s, self._orphans_after_s = self._orphans_after_s, None
+            threading.Thread(target=orphans.collect, args=(self._run, after_s), name="orphans", daemon=True).start()
+        return report
+
+    def _softly(self, save: Callable[[], SaveReport]) -> SaveReport | None:
+        try:
+            return save()
+        except SaveFailed as error:
+            self._num_failed += 1
+            if self._num_failed > self._soft_fail:
+                raise
+            # Every rank counts alike: SaveFailed is raised on all of them.
+            logger.error(
+                "save %d in a row failed, and training goes on; %d more may fail before it ends: %s",
+                self._num_failed,
+                self._soft_fail - self._num_failed,
+                error,
+            )
+            return None
+
+    def _is_preempted(self) -> bool:
+        """Whether a node is to be taken away, and there is time to save; true until that was done."""
+        found = ray_train.preemption()
+        if found is None or found == self._preemption_saved:
+            return False
+        self._preemption = found
+        left_s = found.seconds_left()
+        # One that is in flight has to end first; it may have just begun.
+        in_flight = self._background is not None and self._background.busy
+        needed_s = _PREEMPTION_MARGIN * (self._save_s or 0.0) * (2 if in_flight else 1)
+        if left_s is not None and left_s < needed_s:
+            logger.warning(
+                "ranks %s will be preempted in %.1f s; a save needs %.1f s, so none is begun",
+                found.ranks,
+                left_s,
+                needed_s,
+            )
+            return False
+        return True
+
+    def _samples(self) -> int:
+        counts = [int(part.samples) for part in self.state.values() if hasattr(part, "samples")]
+        return max(counts, default=0)

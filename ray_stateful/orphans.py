@@ -1,0 +1,136 @@
+"""Orphans: directories of ours that no save will finish and nobody counts. What they are, and their deletion.
+
+A save that died leaves files and no manifest; Ray never heard of them and never deletes them. Nothing else is ever
+deleted here: whatever is committed, counted by Ray, young, or of another name stays.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import time
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+import pyarrow.fs
+
+from ray_stateful.errors import CheckpointError, StorageError
+from ray_stateful.format import layout
+from ray_stateful.runs import Run
+from ray_stateful.storage.base import Storage
+
+logger = logging.getLogger(__name__)
+
+# Seconds. Longer than any save: while an object is being uploaded nothing of it is to be seen, and so nothing young.
+DEFAULT_AGE_S = 24 * 3600.0
+
+NewestChange = Callable[[Storage, str], float | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orphan:
+    """A directory to be deleted: what lies in it, and when it was last changed, in seconds since 1970."""
+
+    name: str
+    num_bytes: int
+    num_files: int
+    changed_s: float
+
+
+def newest_change(storage: Storage, path: str) -> float | None:
+    """When anything in directory `path` was last written, in seconds since 1970; `None` if storage does not tell.
+
+    Files that are still being written aside count: a listing of the checkpoint does not show those.
+    """
+    # Retries wrap the storage that has the filesystem.
+    inner = getattr(storage, "inner", storage)
+    filesystem = getattr(inner, "filesystem", None)
+    if not isinstance(filesystem, pyarrow.fs.FileSystem):
+        return None
+    try:
+        infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True))
+        infos.append(filesystem.get_file_info(path))
+    except OSError as error:
+        raise StorageError("list", path, str(error)) from error
+    found = [info.mtime_ns / 1e9 for info in infos if info.mtime_ns is not None]
+    return max(found, default=None)
+
+
+def find(
+    run: Run,
+    *,
+    older_than_s: float = DEFAULT_AGE_S,
+    live: Set[str] = frozenset(),
+    now_s: float | None = None,
+    changed: NewestChange = newest_change,
+) -> list[Orphan]:
+    """The orphans of a run, the oldest step first.
+
+    Args:
+        older_than_s: Since the newest change of anything in the directory.
+        live: Names of checkpoints that are being written at this moment.
+        changed: When something in a directory of a storage last changed; a directory of unknown age stays.
+
+    Raises:
+        StorageError: what Ray counts can't be read, so nothing may be deleted.
+    """
+    now_s = time.time() if now_s is None else now_s
+    tracked = run.tracked() or frozenset()
+    names = sorted(filter(None, map(layout.parse_name, run.storage.directories(run.path))))
+    found = []
+    # The newest of all stays, whatever it is: it may be the save that is under way.
+    for name in map(str, names[:-1]):
+        if name in tracked or name in live:
+            continue
+        path = posixpath.join(run.path, name)
+        sizes = run.storage.sizes(path)
+        if layout.MANIFEST in sizes:
+            continue
+        changed_s = changed(run.storage, path)
+        if changed_s is None or now_s - changed_s < older_than_s:
+            continue
+        found.append(Orphan(name=name, num_bytes=sum(sizes.values()), num_files=len(sizes), changed_s=changed_s))
+    return found
+
+
+def delete(
+    run: Run, orphans: list[Orphan], *, changed: NewestChange = newest_change
+) -> tuple[list[Orphan], dict[str, str]]:
+    """Delete `orphans`, each after another look: one that has changed since it was found stays.
+
+    Returns:
+        Those that were deleted, and why the others were not, by name.
+    """
+    tracked = run.tracked() or frozenset()
+    deleted, kept = [], {}
+    for orphan in orphans:
+        path = posixpath.join(run.path, orphan.name)
+        if layout.parse_name(orphan.name) is None:
+            kept[orphan.name] = "not the name of a checkpoint"
+        elif orphan.name in tracked:
+            kept[orphan.name] = "Ray counts it by now"
+        elif layout.MANIFEST in run.storage.sizes(path):
+            kept[orphan.name] = "was committed meanwhile"
+        elif changed(run.storage, path) != orphan.changed_s:
+            kept[orphan.name] = "somebody is writing to it"
+        else:
+            try:
+                run.storage.delete(path)
+            except StorageError as error:
+                kept[orphan.name] = str(error)
+            else:
+                deleted.append(orphan)
+    return deleted, kept
+
+
+def collect(run: Run, older_than_s: float = DEFAULT_AGE_S) -> None:
+    """Find and delete, and say so in the log; what goes wrong is a warning there, and nothing else."""
+    try:
+        deleted, kept = delete(run, find(run, older_than_s=older_than_s))
+    except (CheckpointError, OSError) as error:
+        logger.warning("orphans of run %s stay where they are: %s", run.uri, error)
+        return
+    for orphan in deleted:
+        logger.info("deleted %s: never committed, %d files, %d bytes", orphan.name, orphan.num_files, orphan.num_bytes)
+    for name, why in kept.items():
+        logger.info("orphan %s stays: %s", name, why)

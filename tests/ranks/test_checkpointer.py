@@ -1,0 +1,281 @@
+"""When to save: one decision of all ranks."""
+
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ray_stateful import Checkpointer, save_requests
+from ray_stateful.decisions import Decision, Reason, decide
+from ray_stateful.errors import SaveFailed, UnevenSteps
+from ray_stateful.ranks import Ranks
+from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage.uris import resolve
+from ray_stateful.testing import Fail, FaultyStorage, Hang, run_ranks
+
+
+class Counter:
+    def __init__(self):
+        self.steps = 0
+        self.weight = torch.zeros(4)
+
+    @property
+    def samples(self):
+        return self.steps * 8
+
+    def on_step(self, *, step):
+        self.steps += 1
+        self.weight += step
+
+    def state_dict(self):
+        return {"steps": self.steps, "weight": self.weight}
+
+    def load_state_dict(self, state_dict):
+        self.steps, self.weight = state_dict["steps"], state_dict["weight"]
+
+
+def steps_saved(run):
+    return sorted(
+        int(path.name[12:22]) for path in Path(run).glob("checkpoint_*/manifest.json") for path in [path.parent]
+    )
+
+
+def count_to(run, num_steps, every, ask_on_rank_1_at=None):
+    counter = Counter()
+    saved = []
+    with Checkpointer({"counter": counter}, every_n_steps=every, run=run, timeout_s=20) as checkpointer:
+        report = checkpointer.restore()
+        for _ in range(num_steps):
+            if checkpointer.step_count + 1 == ask_on_rank_1_at and dist.get_rank() == 1:
+                checkpointer.request_save()
+            saved.append(checkpointer.step({"loss": 1.0}) is not None)
+    return checkpointer.step_count, saved, None if report is None else report.step, counter.state_dict()
+
+
+def test_saves_at_intervals_on_one_ranks_request_and_at_the_end_and_goes_on_counting(tmp_path):
+    first = run_ranks(2, count_to, str(tmp_path), 7, 3, 5)
+    assert [outcome[:3] for outcome in first] == [(7, [False, False, True, False, True, True, False], None)] * 2
+    assert steps_saved(tmp_path) == [3, 5, 6, 7]
+
+    second = run_ranks(3, count_to, str(tmp_path), 2, 3)
+    assert [outcome[:3] for outcome in second] == [(9, [False, True], 7)] * 3
+    assert all(torch.equal(outcome[3]["weight"], torch.full((4,), float(sum(range(10))))) for outcome in second)
+    # The end was at step 9, which was saved already.
+    assert steps_saved(tmp_path) == [3, 5, 6, 7, 9]
+
+
+def uneven(run):
+    with Checkpointer({"counter": Counter()}, every_n_steps=100, run=run, timeout_s=20) as checkpointer:
+        for _ in range(3 + dist.get_rank()):
+            checkpointer.step()
+
+
+def test_ranks_with_different_numbers_of_batches_are_an_error_with_both_numbers(tmp_path):
+    outcomes = run_ranks(2, uneven, str(tmp_path))
+
+    assert [UnevenSteps] * 2 == [type(outcome) for outcome in outcomes]
+    assert outcomes[0].steps == {0: 3, 1: 4}
+    assert steps_saved(tmp_path) == []
+
+
+def fail_saves(run, num_failing, soft_fail):
+    storage, path = resolve(run)
+    # Rank 1 writes one file a save: the value, as the tensor is rank 0's.
+    faulty = FaultyStorage(storage.inner, [Fail("open_sink", num_times=num_failing, rank=1)])
+    results = []
+    checkpointer = Checkpointer(
+        {"counter": Counter()}, every_n_steps=1, run=DirectoryRun(faulty, path, run), soft_fail=soft_fail, timeout_s=20
+    )
+    for _ in range(3):
+        results.append(checkpointer.step() is not None)
+    return results
+
+
+def test_training_goes_on_through_as_many_failed_saves_as_allowed_and_no_more(tmp_path):
+    assert run_ranks(2, fail_saves, str(tmp_path / "soft"), 1, 1) == [[False, True, True]] * 2
+    assert steps_saved(tmp_path / "soft") == [2, 3]
+
+    hard = run_ranks(2, fail_saves, str(tmp_path / "hard"), 2, 1)
+    assert [SaveFailed] * 2 == [type(outcome) for outcome in hard]
+    assert steps_saved(tmp_path / "hard") == []
+
+
+def held_for_a_resize(run):
+    saved = {}
+    checkpointer = Checkpointer({"counter": Counter()}, run=run, timeout_s=20)
+
+    def train():
+        for _ in range(3):
+            checkpointer.step()
+        saved["steps"] = checkpointer.step_count
+
+    # As Ray does it: training in a thread, the request from another one; it reaches rank 0 alone here.
+    if dist.get_rank() == 0:
+        save_requests.ask(1, "resize of 2 to 3 workers", 30.0)
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    held = save_requests.wait_until_held(1, 20.0)
+    assert held is not None
+    saved["name"] = held.saved
+    # Both ranks wait to be taken down now, as nobody does it here.
+    thread.join(0.5)
+    saved["trains on"] = "steps" in saved
+    return saved
+
+
+def test_a_request_before_a_resize_is_served_at_the_next_step_boundary_by_all_ranks(tmp_path):
+    outcomes = run_ranks(2, held_for_a_resize, str(tmp_path))
+
+    assert all("checkpoint_s0000000001" in outcome["name"] for outcome in outcomes)
+    assert [outcome["trains on"] for outcome in outcomes] == [False, False]
+    assert steps_saved(tmp_path) == [1]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "decision"),
+    [
+        ([(4, 0, 0, 0), (4, 0, 0, 1)], Decision(Reason(0))),
+        ([(4, 0, 0, 1), (4, int(Reason.SECONDS), 0, 1)], Decision(Reason.SECONDS, written=True)),
+        ([(4, int(Reason.STEPS), 0, 0), (4, int(Reason.REQUEST), 3, 0)], Decision(Reason.STEPS | Reason.REQUEST, 3)),
+    ],
+)
+def test_what_any_rank_asks_for_all_ranks_do(wishes, decision):
+    assert decide(wishes) == decision
+
+
+def test_a_rank_that_is_done_while_others_go_on_is_an_error():
+    with pytest.raises(UnevenSteps, match="rank 0 at step 4, rank 1 at step 5"):
+        decide([(4, int(Reason.END), 0, 0), (4, 0, 0, 0)])
+
+
+@pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"soft_fail": -1}, {"every_s": -1.0}])
+def test_a_setting_that_makes_no_sense_is_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Checkpointer({"counter": Counter()}, run=str(tmp_path), **wrong)
+
+
+def save_in_the_background(run):
+    """Steps go on, changing the tensors in place, while a save of the values before is held back in storage."""
+    storage, path = resolve(run)
+    slow = FaultyStorage(storage.inner, [Hang("sink.write", rank=1)])
+    counter = Counter()
+    seen = []
+    with Checkpointer(
+        {"counter": counter},
+        every_n_steps=2,
+        background=True,
+        run=DirectoryRun(slow, path, run),
+        timeout_s=30,
+    ) as checkpointer:
+        for _ in range(7):
+            checkpointer.step({"loss": 1.0})
+            seen.append(steps_saved(run))
+        # Until here rank 1 could not write: nothing is committed, and no rank has waited.
+        slow.release()
+    return seen, checkpointer.step_count
+
+
+def test_a_background_save_holds_the_values_of_its_step_and_stops_nobody(tmp_path):
+    outcomes = run_ranks(2, save_in_the_background, str(tmp_path))
+
+    assert outcomes == [([[]] * 7, 7)] * 2
+    # The save of step 2 was in flight all the time; those due at 4 and 6 were put off, and the end saved step 7.
+    assert steps_saved(tmp_path) == [2, 7]
+    found = run_ranks(1, restore_named, str(tmp_path))[0]
+    assert found == {2: 1 + 2, 7: sum(range(8))}
+
+
+def restore_named(run):
+    weights = {}
+    for path in Path(run).glob("checkpoint_*"):
+        counter = Counter()
+        checkpointer = Checkpointer({"counter": counter}, run=run)
+        report = checkpointer.restore(checkpoint=path.name)
+        weights[report.step] = int(counter.weight[0])
+    return weights
+
+
+def fail_in_the_background(run, soft_fail):
+    storage, path = resolve(run)
+    faulty = FaultyStorage(storage.inner, [Fail("publish", rank=1)])
+    with Checkpointer(
+        {"counter": Counter()},
+        every_n_steps=1,
+        background=True,
+        soft_fail=soft_fail,
+        run=DirectoryRun(faulty, path, run),
+        timeout_s=30,
+    ) as checkpointer:
+        for _ in range(3):
+            checkpointer.step()
+            checkpointer.wait()
+    return checkpointer.step_count
+
+
+def test_a_failed_background_save_is_raised_on_every_rank_or_forgiven_on_every_rank(tmp_path):
+    assert run_ranks(2, fail_in_the_background, str(tmp_path / "soft"), 1) == [3, 3]
+    assert steps_saved(tmp_path / "soft") == [2, 3]
+
+    hard = run_ranks(2, fail_in_the_background, str(tmp_path / "hard"), 0)
+    assert [SaveFailed] * 2 == [type(outcome) for outcome in hard]
+
+
+def plan_again(run):
+    """Calls of the collectives that carry plans, in a first save, a second, and one of another structure."""
+    counts = []
+    counter = Counter()
+    checkpointer = Checkpointer({"counter": counter}, every_n_steps=1, run=run, timeout_s=20)
+    with counted_object_collectives() as phases:
+        for step in range(3):
+            if step == 2:
+                counter.weight = torch.zeros(9)
+            phases.clear()
+            checkpointer.step()
+            counts.append("gather plans" in phases)
+    return counts
+
+
+@contextmanager
+def counted_object_collectives():
+    """Which phases gather objects. Watched, not replaced."""
+    phases, gather = [], Ranks.gather
+
+    def watched(self, phase, value):
+        phases.append(phase)
+        return gather(self, phase, value)
+
+    Ranks.gather = watched
+    try:
+        yield phases
+    finally:
+        Ranks.gather = gather
+
+
+def test_a_known_structure_is_not_planned_again_and_a_changed_one_is(tmp_path):
+    assert run_ranks(2, plan_again, str(tmp_path)) == [[True, False, True]] * 2
+
+
+def collect(run):
+    checkpointer = Checkpointer({"counter": Counter()}, run=run, orphans_after_s=0.0, timeout_s=20)
+    checkpointer.step_count = 3
+    checkpointer.save()
+    for thread in threading.enumerate():
+        if thread.name == "orphans":
+            thread.join(20)
+
+
+def test_rank_0_deletes_what_was_never_committed_and_nothing_else(tmp_path):
+    for name in ("checkpoint_s0000000001_aaaaaa", "checkpoint_s0000000002_bbbbbb", "checkpoint_by_hand", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / "checkpoint_s0000000002_bbbbbb" / "manifest.json").write_text("committed, whatever it says")
+
+    assert run_ranks(2, collect, str(tmp_path)) == [None, None]
+
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left[:2] == ["checkpoint_by_hand", "checkpoint_s0000000002_bbbbbb"]
+    assert left[2].startswith("checkpoint_s0000000003")
+    assert left[3] == "notes"

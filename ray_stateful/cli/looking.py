@@ -1,0 +1,178 @@
+"""Commands that look and change nothing: ls, inspect, verify, diff, plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ray_stateful import listing, restore_cost, verify
+from ray_stateful.cli import tree
+from ray_stateful.cli.main import EXIT_FINDINGS
+from ray_stateful.cli.places import open_checkpoint, open_run, place
+from ray_stateful.cli.rendering import age, as_json, finite, meter, size, table
+from ray_stateful.cli.tree import Summary
+
+json_option = click.option("--json", "json_", is_flag=True, help="Print JSON instead of text.")
+
+
+@click.command("ls")
+@click.argument("run")
+@json_option
+def ls_(run: str, json_: bool) -> None:
+    """List the checkpoints of RUN, the newest last."""
+    found = open_run(run)
+    entries = listing.entries(found.storage, found.path, found.known_to_ray())
+    if json_:
+        as_json({"run": run, "checkpoints": [{**_fields(entry), "orphan": entry.is_orphan} for entry in entries]})
+        return
+    if not entries:
+        click.echo(f"{run} has no checkpoints of this package")
+        return
+    rows = [
+        (
+            entry.name,
+            f"{entry.step:,}",
+            age(entry.created_s),
+            size(entry.num_bytes),
+            str(entry.world_size or "-"),
+            "yes" if entry.committed else "no",
+            {True: "yes", False: "no", None: "-"}[entry.known_to_ray],
+            entry.problem or ("orphan" if entry.is_orphan else ""),
+        )
+        for entry in entries
+    ]
+    table(("CHECKPOINT", "STEP", "AGE", "SIZE", "WORKERS", "COMMITTED", "RAY", ""), rows, right=(1, 2, 3, 4))
+
+
+@click.command("inspect")
+@click.argument("checkpoint")
+@click.argument("key", required=False)
+@click.option("--tree", "as_tree", is_flag=True, help="Show the keys as a tree.")
+@json_option
+def inspect_(checkpoint: str, key: str | None, as_tree: bool, json_: bool) -> None:
+    """Show what CHECKPOINT holds; with KEY, that entry or all below it, and where its bytes are."""
+    _, opened = open_checkpoint(checkpoint)
+    summaries = tree.summaries(opened, key)
+    if json_:
+        manifest = opened.manifest
+        head = {} if manifest is None else {k: v for k, v in _fields(manifest).items() if k != "files"}
+        as_json({"checkpoint": checkpoint, **head, "entries": [_fields(summary) for summary in summaries]})
+        return
+    for line in tree.heading(opened, checkpoint):
+        click.echo(line)
+    click.echo()
+    if as_tree:
+        for line in tree.lines(summaries):
+            click.echo(line)
+    else:
+        table(("KEY", "DTYPE", "SHAPE", "SIZE", "CHUNKS", "WRITTEN BY"), [_row(one) for one in summaries], right=(3,))
+    if key is not None and len(summaries) == 1:
+        for line in tree.chunk_lines(opened, summaries[0]):
+            click.echo(line)
+
+
+@click.command("verify")
+@click.argument("checkpoint")
+@click.option("--full", is_flag=True, help="Read every byte, and compare it with its checksum.")
+@json_option
+@click.pass_context
+def verify_(ctx: click.Context, checkpoint: str, full: bool, json_: bool) -> None:
+    """Check CHECKPOINT: manifest, index and the sizes of its files; with --full, every byte. Exit code 1 if damaged."""
+    storage, path = place(checkpoint)
+    total = sum(storage.sizes(path).values()) if full else 0
+    with meter("verify", total) as progress:
+        result = verify.verify(storage, path, full=full, progress=progress)
+    if json_:
+        as_json({**_fields(result), "intact": not result.findings})
+    else:
+        for finding in result.findings:
+            click.echo(str(finding))
+        if result.unverifiable:
+            click.echo(f"note: {result.unverifiable}")
+        looked = f"every byte of {result.num_files} files ({size(result.num_bytes)})" if full else "manifest, index and"
+        looked += "" if full else f" the sizes of {result.num_files} files"
+        verdict = f"{len(result.findings)} finding(s)" if result.findings else "intact"
+        click.echo(f"{path}: {verdict}; checked {looked}")
+    if result.findings:
+        ctx.exit(EXIT_FINDINGS)
+
+
+@click.command("diff")
+@click.argument("first")
+@click.argument("second")
+@json_option
+@click.pass_context
+def diff_(ctx: click.Context, first: str, second: str, json_: bool) -> None:
+    """Compare checkpoints FIRST and SECOND, entry by entry. Exit code 1 if they differ."""
+    (first_storage, a), (second_storage, b) = open_checkpoint(first), open_checkpoint(second)
+    from ray_stateful import diff
+
+    total = sum(chunk.num_bytes for chunks in a.chunks.values() for chunk in chunks if chunk.dtype is not None)
+    with meter("compare", total) as progress:
+        result = diff.diff(first_storage, a, second_storage, b, progress=progress)
+    if json_:
+        tensors = [
+            {**_fields(t), "max_absolute": finite(t.max_absolute), "max_relative": finite(t.max_relative)}
+            for t in result.tensors
+        ]
+        as_json({**_fields(result), "tensors": tensors, "equal": result.is_empty})
+    else:
+        for side, keys in ((first, result.only_in_first), (second, result.only_in_second)):
+            for key in keys:
+                click.echo(f"only in {side}: {key}")
+        for changed in result.changed:
+            click.echo(f"{changed.key}: {changed.first} became {changed.second}")
+        for key in result.values:
+            click.echo(f"{key}: another value")
+        if result.tensors:
+            table(
+                ("TENSOR", "DIFFERENT", "MAX ABSOLUTE", "MAX RELATIVE"),
+                [
+                    (
+                        t.key,
+                        f"{t.num_different:,} of {t.num_elements:,}",
+                        f"{t.max_absolute:.3g}",
+                        f"{t.max_relative:.3g}",
+                    )
+                    for t in result.tensors
+                ],
+                right=(1, 2, 3),
+            )
+        click.echo(f"{result.num_equal} entries are equal, bit for bit")
+    if not result.is_empty:
+        ctx.exit(EXIT_FINDINGS)
+
+
+@click.command("plan")
+@click.argument("checkpoint")
+@click.option("--workers", required=True, type=click.IntRange(min=1), help="How many workers would restore it.")
+@json_option
+def plan_(checkpoint: str, workers: int, json_: bool) -> None:
+    """Say what each of --workers would read of CHECKPOINT, with every tensor sharded along its first dim (FSDP)."""
+    _, opened = open_checkpoint(checkpoint)
+    costs = restore_cost.costs(opened, workers)
+    read, wanted = sum(cost.bytes_read for cost in costs), sum(cost.bytes_wanted for cost in costs)
+    if json_:
+        as_json({"checkpoint": checkpoint, "workers": workers, "bytes_read": read, "ranks": list(map(_fields, costs))})
+        return
+    table(
+        ("RANK", "NEEDS", "READS", "REQUESTS"),
+        [(str(c.rank), size(c.bytes_wanted), size(c.bytes_read), f"{c.num_requests:,}") for c in costs],
+        right=(0, 1, 2, 3),
+    )
+    requests = sum(cost.num_requests for cost in costs)
+    click.echo(
+        f"{size(read)} in {requests:,} requests, {read / max(1, wanted):.2f}x of what is needed; besides, rank 0 reads "
+        "manifest and index for all"
+    )
+
+
+def _row(one: Summary) -> tuple[str, ...]:
+    return one.key, one.dtype or "value", one.shape_text, size(one.num_bytes), one.chunks_text, one.writers_text
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(value)

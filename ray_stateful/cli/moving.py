@@ -1,0 +1,114 @@
+"""Commands that write a checkpoint in another form: export, import."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import click
+
+from ray_stateful.cli.looking import json_option
+from ray_stateful.cli.places import open_checkpoint, place
+from ray_stateful.cli.rendering import as_json, meter, size
+from ray_stateful.format.dtypes import ITEM_BYTES
+
+_SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)B?", re.IGNORECASE)
+
+
+class ByteSize(click.ParamType[int]):
+    """`5GB`, `500MB`, `2GiB`, or a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is not a size; write 5GB, 500MB or a number of bytes", param, ctx)
+        base = 1024 if match["binary"] else 1000
+        power = " KMGT".index(match["unit"].upper() or " ")
+        return max(1, int(float(match["number"]) * base**power))
+
+
+@click.command("export")
+@click.argument("checkpoint")
+@click.argument("out")
+@click.option("--format", "format_", type=click.Choice(["safetensors", "torch", "dcp"]), required=True)
+@click.option("--part", help="Which part of the state: by default `model` for safetensors, and all of them otherwise.")
+@click.option("--dtype", type=click.Choice(sorted(ITEM_BYTES)), help="Cast floating-point tensors to this.")
+@click.option("--max-file-size", type=ByteSize(), default="5GB", show_default=True, help="Of one safetensors file.")
+@click.option("--adapter", is_flag=True, help="The adapter alone, as adapter_model.safetensors, for PEFT.")
+@click.option("--keep-tied", is_flag=True, help="Write an output head that equals the embedding, too.")
+@json_option
+def export_(
+    checkpoint: str,
+    out: str,
+    format_: str,
+    part: str | None,
+    dtype: str | None,
+    max_file_size: int,
+    adapter: bool,
+    keep_tied: bool,
+    json_: bool,
+) -> None:
+    """Write CHECKPOINT to OUT: a directory for safetensors and dcp, a file for torch."""
+    if format_ != "safetensors" and (adapter or keep_tied):
+        raise click.UsageError("--adapter and --keep-tied are for --format safetensors")
+    if format_ == "dcp" and dtype is not None:
+        raise click.UsageError("--dtype casts for --format safetensors and torch; dcp copies the files as they are")
+    storage, opened = open_checkpoint(checkpoint)
+    out_storage, out_path = place(out)
+    from ray_stateful import export, export_torch
+
+    if part is not None or format_ == "safetensors":
+        part = export.part_to_export(opened, part)
+    total = sum(c.num_bytes for chunks in opened.chunks.values() for c in chunks if part in (None, c.path[0]))
+    with meter("export", total) as progress:
+        if format_ == "safetensors":
+            assert part is not None
+            chosen = export.select(opened, part, adapter_only=adapter, keep_tied=keep_tied)
+            result = export.to_safetensors(
+                storage,
+                opened,
+                out_storage,
+                out_path,
+                chosen,
+                dtype=dtype,
+                max_file_bytes=max_file_size,
+                progress=progress,
+            )
+        elif format_ == "torch":
+            result = export_torch.to_torch(storage, opened, out_storage, out_path, part, dtype=dtype, progress=progress)
+        else:
+            result = export.to_dcp(storage, opened, out_storage, out_path, part, progress=progress)
+    if json_:
+        as_json({"out": out, **dataclasses.asdict(result)})
+        return
+    click.echo(f"{out}: {result.num_tensors:,} tensors, {size(result.num_bytes)} in {len(result.files)} file(s)")
+    for key, why in sorted(result.left_out.items()):
+        click.echo(f"  left out: {key}: {why}")
+    for note in result.notes:
+        click.echo(f"  note: {note}")
+
+
+@click.command("import")
+@click.argument("source")
+@click.argument("run")
+@click.option("--part", default="model", show_default=True, help="Under which name weights without one are put.")
+@click.option("--step", type=click.IntRange(min=0), default=0, show_default=True, help="Steps they were trained for.")
+@json_option
+def import_(source: str, run: str, part: str, step: int, json_: bool) -> None:
+    """Make SOURCE (safetensors in the Hugging Face layout, or a DCP directory) the first checkpoint of RUN."""
+    storage, path = place(source)
+    run_storage, run_path = place(run)
+    from ray_stateful import importing
+
+    found = importing.find(storage, path, part)
+    with meter("import", found.num_bytes) as progress:
+        result = importing.import_checkpoint(found, run_storage, run_path, step=step, progress=progress)
+    if json_:
+        as_json(dataclasses.asdict(result))
+        return
+    checked = "" if result.verified else "; the source has no checksums, so it is what was read"
+    click.echo(f"{result.path}: {result.num_entries:,} entries, {size(result.num_bytes)}{checked}")

@@ -1,0 +1,112 @@
+"""A checkpoint as one `torch.save` file: the whole nested state, or one part of it, as `torch.load` gives it back."""
+
+from __future__ import annotations
+
+import mmap
+import posixpath
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from typing_extensions import Buffer
+
+from ray_stateful import slabs
+from ray_stateful.export import Exported, weight_of
+from ray_stateful.format import values
+from ray_stateful.format.chunks import span_of
+from ray_stateful.hf_layout import Weight
+from ray_stateful.storage.base import Sink, Storage
+from ray_stateful.storage.opening import OpenCheckpoint
+from ray_stateful.storage.reader import value_of
+from ray_stateful.storage.retries import write_file
+from ray_stateful.storage.structure import put
+
+# What a store is given at a time: `torch.save` writes a tensor in one call, for which there would be one deadline.
+_PART_BYTES = 8 << 20
+
+Progress = Callable[[int], None]
+
+
+def to_torch(
+    storage: Storage,
+    opened: OpenCheckpoint,
+    out_storage: Storage,
+    out: str,
+    part: str | None = None,
+    *,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write what `torch.save` makes of the whole nested state, or of one part of it, to file `out`.
+
+    `torch.save` wants all tensors at once: they lie in a temporary file of their size on this machine (in `TMPDIR`),
+    mapped into memory, from where the system drops what is not in use.
+    """
+    chosen = {key: chunks for key, chunks in opened.chunks.items() if part is None or chunks[0].path[0] == part}
+    tensors = {key: chunks[0] for key, chunks in chosen.items() if chunks[0].dtype is not None}
+    if out_storage.sizes(posixpath.dirname(out)).get(posixpath.basename(out)) is not None:
+        raise FileExistsError(f"{out} exists; choose another name")
+    with tempfile.TemporaryFile(prefix="ray-stateful-") as file:
+        mapped = _mapped(file, {key: weight_of(opened, key, key, dtype, any_dtype=True) for key in tensors})
+        for slab in slabs.stream(storage, opened, slabs.cut(opened, tensors)):
+            first, stop = span_of(slab.box, tensors[slab.key].shape)
+            mapped[slab.key].reshape(-1)[first:stop].copy_(slab.tensor.reshape(-1))
+            if progress is not None:
+                progress(slab.tensor.numel() * slab.tensor.element_size())
+        found = {key: value_of(storage, opened.path, chunks[0]) for key, chunks in chosen.items() if key not in tensors}
+        nested = _nest(opened, {**mapped, **found}, part)
+        write_file(out_storage, out, lambda sink: torch.save(nested, cast(Any, _File(sink))))
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in mapped.values())
+    return Exported(files=(posixpath.basename(out),), num_tensors=len(tensors), num_bytes=num_bytes, left_out={})
+
+
+def _nest(opened: OpenCheckpoint, leaves: Mapping[str, Any], part: str | None) -> Any:
+    """The nested state whose entries are `leaves`, by key; that of one part, if there is one."""
+    prefix = () if part is None else (part,)
+    nested: Any = {}
+    trees = {row.path: row for row in opened.trees.values() if row.path[: len(prefix)] == prefix}
+    below = {tuple(map(str, path)) for path in trees}
+    for path, row in trees.items():
+        nested = put(nested, path[len(prefix) :], values.decode(row.value or "", f"{opened.path}: {row.key!r}"))
+    # Positions of a list in their order.
+    for key in sorted(leaves, key=lambda key: [(isinstance(s, str), s) for s in opened.chunks[key][0].path]):
+        path = opened.chunks[key][0].path
+        text = tuple(map(str, path))
+        if not any(text[:length] in below for length in range(len(text) + 1)):
+            nested = put(nested, path[len(prefix) :], leaves[key])
+    return nested
+
+
+class _File:
+    """A sink as `torch.save` wants it: it writes a tensor in one call, for which a store would have one deadline."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def write(self, data: Buffer) -> int:
+        view = memoryview(data)
+        for at in range(0, view.nbytes, _PART_BYTES):
+            self._sink.write(view[at : at + _PART_BYTES])
+        return view.nbytes
+
+    def flush(self) -> None:
+        """The sink publishes what it has when it ends."""
+
+
+def _mapped(file: Any, weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
+    offsets, end = {}, 0
+    for key, weight in weights.items():
+        offsets[key] = end
+        end += -(-weight.num_bytes // 64) * 64
+    file.truncate(max(end, 1))
+    memory = mmap.mmap(file.fileno(), 0)
+    found = {}
+    for key, weight in weights.items():
+        dtype = getattr(torch, weight.dtype)
+        if weight.num_bytes == 0:
+            found[key] = torch.empty(weight.shape, dtype=dtype)
+            continue
+        raw = torch.frombuffer(memory, dtype=torch.uint8, count=weight.num_bytes, offset=offsets[key])
+        found[key] = raw.view(dtype).reshape(weight.shape)
+    return found

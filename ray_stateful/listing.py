@@ -1,0 +1,79 @@
+"""The checkpoints of a run, as a listing shows them. No torch."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Set
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ray_stateful.errors import DamagedCheckpoint
+from ray_stateful.format import layout
+from ray_stateful.format.manifest import Manifest
+from ray_stateful.storage.base import Storage
+
+_NUM_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One directory of a run. `created_s` is UNIX time in seconds; `num_bytes` what lies there.
+
+    `known_to_ray` is `None` where Ray keeps no list. `problem` is set where the manifest can't be read, or names files
+    that are not there.
+    """
+
+    name: str
+    step: int
+    committed: bool
+    num_bytes: int
+    known_to_ray: bool | None
+    world_size: int | None = None
+    created_s: float | None = None
+    problem: str | None = None
+
+    @property
+    def is_orphan(self) -> bool:
+        """Neither committed nor known to Ray: what a save left that did not get to its end, or is not there yet."""
+        return not self.committed and not self.known_to_ray
+
+
+def entries(storage: Storage, path: str, tracked: Set[str] | None) -> list[Entry]:
+    """The directories in `path` that have a checkpoint's name, the newest last. Two requests each, and one.
+
+    Args:
+        tracked: Names that Ray's list has; `None` without one.
+    """
+    names = sorted(name for name in storage.directories(path) if layout.parse_name(name) is not None)
+    with ThreadPoolExecutor(max_workers=_NUM_THREADS, thread_name_prefix="checkpoint-list") as pool:
+        return list(pool.map(lambda name: _entry(storage, path, name, tracked), names))
+
+
+def _entry(storage: Storage, path: str, name: str, tracked: Set[str] | None) -> Entry:
+    parsed = layout.parse_name(name)
+    assert parsed is not None
+    directory = posixpath.join(path, name)
+    sizes = storage.sizes(directory)
+    manifest, problem = None, None
+    committed = layout.MANIFEST in sizes
+    if committed:
+        try:
+            manifest = Manifest.from_json(storage.read(posixpath.join(directory, layout.MANIFEST)), layout.MANIFEST)
+        except DamagedCheckpoint as error:
+            problem = error.found
+        except FileNotFoundError:
+            # Ray deletes the oldest ones while we look.
+            committed = False
+    if manifest is not None:
+        wrong = [file for file, stored in manifest.files.items() if sizes.get(file) != stored.size]
+        problem = f"{len(wrong)} file(s) missing or of another size, {wrong[0]} among them" if wrong else None
+    return Entry(
+        name=name,
+        step=parsed.step,
+        committed=committed,
+        num_bytes=sum(sizes.values()),
+        known_to_ray=None if tracked is None else name in tracked,
+        world_size=manifest.world_size if manifest else None,
+        created_s=manifest.created_s if manifest else None,
+        problem=problem,
+    )

@@ -1,0 +1,344 @@
+"""The command line: what it prints, what it exits with, what it asks of storage, and what it never imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
+
+from ray_stateful import checkpoint, restore_cost
+from ray_stateful.cli.explain import explain
+from ray_stateful.cli.main import main
+from ray_stateful.errors import StorageError
+from ray_stateful.format import layout
+from ray_stateful.storage import opening
+from ray_stateful.storage.uris import resolve
+from ray_stateful.testing import run_ranks
+
+pytestmark = pytest.mark.filterwarnings(
+    # Stock DCP says so whenever it saves or loads without a process group.
+    "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
+)
+
+
+class Part:
+    """A part that is whatever it was given."""
+
+    def __init__(self, value=None):
+        self.value = value
+
+    def state_dict(self):
+        return self.value
+
+    def load_state_dict(self, value):
+        self.value = value
+
+
+def weights(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "embed_tokens.weight": torch.randn(40, 8, generator=generator),
+        "layers.0.weight": torch.randn(8, 8, generator=generator).bfloat16(),
+        "steps": torch.tensor(3),
+    }
+
+
+def save(path, step, model=None, **parts):
+    state = {"model": Part(weights() if model is None else model), "progress": Part({"step": step}), **parts}
+    return checkpoint.save(state, step=step, run=str(path)).uri
+
+
+def run(*arguments):
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def run_json(*arguments, exit_code=0):
+    result = run(*arguments, "--json")
+    assert result.exit_code == exit_code, result.output
+    return json.loads(result.stdout)
+
+
+def flip(path, offset):
+    data = bytearray(Path(path).read_bytes())
+    data[offset] ^= 1
+    Path(path).write_bytes(data)
+
+
+def test_ls_lists_the_newest_last_and_says_what_is_an_orphan_and_what_ray_knows(tmp_path):
+    first, second = save(tmp_path, 1), save(tmp_path, 12)
+    orphan = tmp_path / "checkpoint_s0000000007_abcdef"
+    orphan.mkdir()
+    (orphan / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / "something_else").mkdir()
+    snapshot = {"checkpoint_results": [{"checkpoint_dir_name": Path(first).name}]}
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
+
+    found = run_json("ls", tmp_path)["checkpoints"]
+
+    assert [entry["step"] for entry in found] == [1, 7, 12]
+    assert [entry["committed"] for entry in found] == [True, False, True]
+    assert [entry["known_to_ray"] for entry in found] == [True, False, False]
+    assert [entry["orphan"] for entry in found] == [False, True, False]
+    assert found[-1]["name"] == Path(second).name
+    assert "orphan" in run("ls", tmp_path).stdout
+
+
+def test_inspect_shows_keys_shapes_and_who_wrote_what(tmp_path):
+    uri = save(tmp_path, 3)
+    found = run_json("inspect", uri)
+    by_key = {entry["key"]: entry for entry in found["entries"]}
+
+    assert found["step"] == 3
+    assert by_key["model.layers.0.weight"]["dtype"] == "bfloat16"
+    assert by_key["model.layers.0.weight"]["shape"] == [8, 8]
+    assert by_key["model.layers.0.weight"]["ranks"] == [0]
+    assert by_key["progress.step"]["value"] == "3"
+    assert "layers" in run("inspect", uri, "--tree").stdout
+    assert "at byte" in run("inspect", uri, "model.layers.0.weight").stdout
+    missing = run("inspect", uri, "model.layers.1.weight")
+    assert missing.exit_code == 2
+    assert "did you mean model.layers.0.weight" in missing.stderr
+
+
+COUNT_READS = """
+import sys, time
+from ray_stateful.storage.pyarrow import PyarrowStorage
+calls = []
+for name in ("read", "sizes", "directories", "write", "delete"):
+    def counted(self, path, *rest, name=name, inner=getattr(PyarrowStorage, name)):
+        calls.append((name, path.rpartition("/")[2]))
+        return inner(self, path, *rest)
+    setattr(PyarrowStorage, name, counted)
+from ray_stateful.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+print(calls, [name for name in ("torch", "ray") if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "calls"),
+    [
+        ("inspect", [("read", "manifest.json"), ("read", "index.arrow")]),
+        ("plan --workers 3", [("read", "manifest.json"), ("read", "index.arrow")]),
+        ("verify --full", None),
+        ("ls", None),
+        ("gc --dry-run", None),
+    ],
+)
+def test_looking_at_a_checkpoint_imports_no_torch_and_inspect_takes_two_reads(tmp_path, command, calls):
+    where = save(tmp_path, 3)
+    name, *rest = command.split()
+    arguments = [name, str(tmp_path) if name in ("ls", "gc") else where, *rest]
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_READS, *arguments], capture_output=True, text=True, check=True, timeout=120
+    )
+
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.endswith("[]")
+    if calls is not None:
+        assert said == f"{calls} []"
+
+
+def test_verify_names_file_and_key_of_all_that_is_damaged(tmp_path):
+    path = save(tmp_path, 3)
+    assert run("verify", path, "--full").exit_code == 0
+    _, where = resolve(path)
+    opened = opening.parse(opening.fetch(resolve(path)[0], where))
+    chunks = {key: opened.chunks[f"model.{key}"][0] for key in ("embed_tokens.weight", "layers.0.weight")}
+    for chunk in chunks.values():
+        flip(f"{path}/{chunk.file}", chunk.data_offset + 5)
+    flip(f"{path}/{layout.DCP_METADATA}", 40)
+
+    assert run("verify", path).exit_code == 0
+    found = run_json("verify", path, "--full", exit_code=1)["findings"]
+
+    expected = {(chunk.file, chunk.key) for chunk in chunks.values()} | {(layout.DCP_METADATA, None)}
+    assert {(finding["file"], finding["key"]) for finding in found} == expected
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "index", "manifest", "between"])
+def test_verify_finds_every_kind_of_damage(tmp_path, damage):
+    path = Path(save(tmp_path, 3))
+    item = next(path.glob("*.distcp"))
+    if damage == "cut":
+        item.write_bytes(item.read_bytes()[:-1])
+    elif damage == "gone":
+        item.unlink()
+    elif damage == "between":
+        flip(item, item.stat().st_size - 1)
+    else:
+        flip(path / {"index": layout.INDEX, "manifest": layout.MANIFEST}[damage], 300)
+    file = {"index": layout.INDEX, "manifest": layout.MANIFEST}.get(damage, item.name)
+
+    result = run_json("verify", path, "--full", exit_code=1)
+
+    assert file in {finding["file"] for finding in result["findings"]}
+
+
+def test_verify_says_that_an_uncommitted_checkpoint_is_one_and_that_a_foreign_one_has_no_checksums(tmp_path):
+    path = Path(save(tmp_path, 3))
+    (path / layout.MANIFEST).unlink()
+    assert "never committed" in run("verify", path).stdout
+    dcp.save({"model": {"weight": torch.ones(3)}}, checkpoint_id=tmp_path / "plain")
+
+    result = run("verify", tmp_path / "plain", "--full")
+
+    assert result.exit_code == 0
+    assert "no checksums" in result.stdout
+
+
+def test_diff_finds_the_largest_difference_and_nothing_between_a_checkpoint_and_itself(tmp_path):
+    changed = weights()
+    changed["embed_tokens.weight"][3, 4] += 2.0
+    changed["layers.0.weight"][0, 0] = float("nan")
+    first = save(tmp_path, 1)
+    second = save(tmp_path, 2, {**changed, "extra": torch.zeros(2)})
+
+    assert run("diff", first, first).exit_code == 0
+    result = run_json("diff", first, second, exit_code=1)
+
+    by_key = {tensor["key"]: tensor for tensor in result["tensors"]}
+    assert result["only_in_second"] == ["model.extra"]
+    assert result["values"] == ["progress.step"]
+    assert by_key.keys() == {"model.embed_tokens.weight", "model.layers.0.weight"}
+    assert by_key["model.embed_tokens.weight"]["num_different"] == 1
+    assert by_key["model.embed_tokens.weight"]["max_absolute"] == pytest.approx(2.0, abs=1e-6)
+    # A NaN is infinitely far from a number; JSON has no infinity.
+    assert by_key["model.layers.0.weight"]["max_absolute"] is None
+
+
+def test_diff_in_small_slabs_is_the_same_across_shardings(tmp_path, monkeypatch):
+    from ray_stateful import slabs
+
+    sharded = run_ranks(2, save_sharded, str(tmp_path / "two"))[0]
+    whole = save(tmp_path / "one", 1, {"weight": torch.arange(77.0).reshape(7, 11)})
+    monkeypatch.setattr(slabs, "MAX_ELEMENTS", 4)
+    monkeypatch.setattr(slabs, "BATCH_BYTES", 40)
+
+    result = run_json("diff", sharded, whole)
+
+    assert result["equal"]
+    assert run_json("inspect", sharded)["entries"][0]["sharded_dims"] == [1]
+
+
+def save_sharded(path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    value = distribute_tensor(torch.arange(77.0).reshape(7, 11), mesh, [Shard(1)])
+    state = {"model": Part({"weight": value}), "progress": Part({"step": 1})}
+    return checkpoint.save(state, step=1, run=path).uri
+
+
+@pytest.mark.parametrize("num_workers", [1, 3, 7, 50])
+def test_the_plan_is_what_such_a_restore_reads(tmp_path, num_workers):
+    uri = save(tmp_path, 1)
+    storage, path = resolve(uri)
+    opened = opening.parse(opening.fetch(storage, path))
+
+    costs = restore_cost.costs(opened, num_workers)
+
+    sizes = [len(part) for part in torch.arange(40).chunk(num_workers)]
+    small = [len(part) for part in torch.arange(8).chunk(num_workers)]
+    for rank, cost in enumerate(costs):
+        rows = sizes[rank] if rank < len(sizes) else 0
+        few = small[rank] if rank < len(small) else 0
+        # float32 rows of 8, bfloat16 rows of 8, and an int64 that everyone has.
+        assert cost.bytes_wanted == rows * 32 + few * 16 + 8
+        assert cost.bytes_wanted <= cost.bytes_read
+        assert cost.num_requests >= 1
+    assert run_json("plan", uri, "--workers", num_workers)["bytes_read"] == sum(cost.bytes_read for cost in costs)
+
+
+def test_the_plan_for_one_worker_counts_the_very_requests_that_a_restore_makes(tmp_path):
+    uri = save(tmp_path, 1)
+    (cost,) = run_json("plan", uri, "--workers", 1)["ranks"]
+    report = checkpoint.restore({"model": Part(), "progress": Part()}, checkpoint=uri, run=str(tmp_path))
+
+    assert cost["bytes_read"] == report.statistics.bytes_read
+    assert cost["num_requests"] == report.statistics.num_requests
+
+
+def test_errors_are_one_line_that_says_what_to_do(tmp_path):
+    newer = Path(save(tmp_path / "run", 1))
+    manifest = json.loads((newer / layout.MANIFEST).read_text())
+    (newer / layout.MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
+    cases = [
+        (["ls", tmp_path / "nowhere"], "no such directory"),
+        (["ls", newer], "is a checkpoint, not a run"),
+        (["inspect", tmp_path / "nowhere"], "ray-stateful ls RUN"),
+        (["inspect", newer], "install a newer ray-stateful"),
+        (["verify", newer], "install a newer ray-stateful"),
+        (["inspect", "ftp://server/run"], "s3://, gs://, abfss://"),
+        (["export", newer, tmp_path / "x", "--format", "pickle"], "safetensors"),
+        (["gc", tmp_path / "run", "--older-than", "soon"], "24h"),
+        (["gc", tmp_path / "nowhere"], "no such directory"),
+    ]
+    for arguments, words in cases:
+        result = run(*arguments)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert words in result.stderr, (arguments, result.stderr)
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+        errors = [line for line in result.stderr.splitlines() if line.lower().startswith("error: ")]
+        assert len(errors) == 1
+
+
+def test_denied_and_unreachable_stores_are_told_apart():
+    denied = StorageError("list", "b/run", "OSError: AWS Error ACCESS_DENIED during ListObjectsV2 operation")
+    away = StorageError("list", "b/run", "OSError: AWS Error NETWORK_CONNECTION: curlCode: 7, Couldn't connect")
+    nowhere = StorageError("list", "b/run", "OSError: AWS Error NO_SUCH_BUCKET: The specified bucket does not exist")
+
+    assert "credentials" in explain(denied)
+    assert "network" in explain(away)
+    assert "name of the bucket" in explain(nowhere)
+
+
+def test_the_commands_work_on_an_object_store(tmp_path, s3_server, s3_environment):
+    bucket = s3_server.make_bucket("cli")
+    run_uri = s3_server.uri(f"{bucket}/run")
+    name = Path(save_to(run_uri)).name.partition("?")[0]
+    where = s3_server.uri(f"{bucket}/run/{name}")
+    out = s3_server.uri(f"{bucket}/weights")
+
+    assert [entry["name"] for entry in run_json("ls", run_uri)["checkpoints"]] == [name]
+    assert run_json("verify", where, "--full")["intact"]
+    assert run_json("inspect", where)["step"] == 5
+    assert run_json("export", where, out, "--format", "safetensors")["files"] == ["model.safetensors"]
+    assert run_json("import", out, s3_server.uri(f"{bucket}/second"))["num_entries"] == 3
+    assert run_json("diff", where, where)["equal"]
+
+
+def save_to(uri):
+    storage, path = resolve(uri)
+    from ray_stateful.runs import DirectoryRun
+
+    state = {"model": Part(weights())}
+    return checkpoint.save(state, step=5, run=DirectoryRun(storage, path, path)).name
+
+
+def test_the_terminal_is_not_written_to_when_there_is_none(tmp_path):
+    uri = save(tmp_path, 1)
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_stateful.cli", "verify", uri, "--full"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ,
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "intact" in done.stdout

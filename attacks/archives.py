@@ -1,0 +1,144 @@
+"""Zip archives where torch.save's are expected: the items of a plain DCP directory."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+
+import torch
+
+from attacks.corpus import attack
+from attacks.pickles import Runs, archive, items_are
+from ray_stateful.format import layout
+
+
+def saved(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def repacked(data: bytes, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """The same archive with other members."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as original, zipfile.ZipFile(file, "w", compression) as made:
+        for name in original.namelist():
+            made.writestr(name, change(name, original.read(name)))
+    return file.getvalue()
+
+
+@attack(foreign=True)
+def archive_that_inflates(workshop):
+    """A deflated member of half a megabyte that is half a gigabyte of zeros when it is read."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made, made.open("archive/data.pkl", "w") as member:
+        member.write(pickle.PROTO + b"\x02" + pickle.BINUNICODE + (1 << 29).to_bytes(4, "little"))
+        for _ in range(512):
+            member.write(bytes(1 << 20))
+    items_are(workshop, file.getvalue())
+
+
+@attack(foreign=True)
+def archive_with_a_deflated_tensor(workshop):
+    """The tensor's own bytes are deflated: 4 MB of zeros in a small item."""
+    items_are(workshop, repacked(saved(torch.zeros(1 << 20)), lambda name, data: data, zipfile.ZIP_DEFLATED))
+
+
+@attack(foreign=True)
+def archive_whose_directory_lies(workshop):
+    """The directory says that a member has four gigabytes; the file ends long before."""
+    data = bytearray(saved("value"))
+    entry = data.rfind(b"PK\x01\x02")
+    struct.pack_into("<II", data, entry + 20, 0xFFFFFFF0, 0xFFFFFFF0)
+    items_are(workshop, bytes(data))
+
+
+@attack(foreign=True)
+def archive_whose_members_overlap(workshop):
+    """Ten thousand members are the same bytes, each counted as if it were its own."""
+    data = saved("value" * 1000)
+    entry_at, end_at = data.find(b"PK\x01\x02"), data.rfind(b"PK\x05\x06")
+    with zipfile.ZipFile(io.BytesIO(data)) as opened:
+        first = opened.infolist()[0]
+    length = 46 + len(first.filename) + len(first.extra) + len(first.comment)
+    entries = data[entry_at : entry_at + length] * 1000
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1000, 1000, len(entries), entry_at, 0)
+    assert end_at > entry_at
+    items_are(workshop, data[:entry_at] + entries + end)
+
+
+@attack(foreign=True)
+def archive_with_two_directories(workshop):
+    """Two archives, one after the other: a reader that looks from the front finds another than one from the back."""
+    inner = archive(pickle.dumps(Runs(print, "code"), protocol=2))
+    items_are(workshop, saved("value") + inner + b"\0" * 30)
+
+
+@attack(foreign=True)
+def archive_without_a_directory(workshop):
+    """The archive is cut off before its directory."""
+    data = saved("value")
+    items_are(workshop, data[: data.rfind(b"PK\x05\x06")])
+
+
+@attack(foreign=True)
+def archive_of_a_torchscript_module(workshop):
+    """The archive is a TorchScript program, which torch.load would hand to torch.jit.load."""
+
+    def add_constants(name: str, data: bytes) -> bytes:
+        return data
+
+    file = io.BytesIO(repacked(saved("value"), add_constants))
+    with zipfile.ZipFile(file, "a") as made:
+        made.writestr("archive/constants.pkl", b"\x80\x02).")
+        made.writestr("archive/code/__torch__.py", b"def forward(self): pass\n")
+    items_are(workshop, file.getvalue())
+
+
+@attack(foreign=True, late=True)
+def item_of_another_shape(workshop):
+    """The item holds a tensor of another shape than the metadata says."""
+    items_are(workshop, saved(torch.zeros(2, 1000)), "thing.layers.0")
+
+
+@attack(foreign=True, late=True)
+def item_without_elements(workshop):
+    """The item is a tensor on the meta device: the right shape, and no bytes."""
+    items_are(workshop, saved(torch.empty(2, device="meta")), "thing.layers.0")
+
+
+@attack(foreign=True, late=True)
+def item_that_is_sparse(workshop):
+    """The item is a sparse tensor of the right shape, which fills any memory when it is made dense."""
+    items_are(workshop, saved(torch.zeros(2).to_sparse()), "thing.layers.0")
+
+
+@attack(foreign=True)
+def item_file_is_a_hole(workshop):
+    """An item of a terabyte that takes no room on the disk, for a tensor of some kilobytes."""
+    path = workshop.directory / layout.DCP_METADATA
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path, info.offset, info.length = "__0_9.distcp", 0, 1 << 40
+    path.write_bytes(pickle.dumps(metadata))
+    with open(workshop.directory / "__0_9.distcp", "wb") as file:
+        file.truncate(1 << 40)
+
+
+@attack(foreign=True)
+def item_with_a_key_whose_hash_never_ends(workshop):
+    """A tuple of two tuples of two tuples, 60 levels deep, as a dict key of a value: torch's own reader hashes it."""
+    value = pickle.EMPTY_DICT + pickle.BINUNICODE + b"\1\0\0\0x" + pickle.BINPUT + b"\0"
+    for level in range(60):
+        value += (pickle.BINGET + bytes([level])) * 2 + pickle.TUPLE2 + pickle.BINPUT + bytes([level + 1])
+    items_are(workshop, archive(pickle.PROTO + b"\2" + value + pickle.NONE + pickle.SETITEM + pickle.STOP))
+
+
+@attack(foreign=True)
+def item_with_a_key_without_end(workshop):
+    """A tuple in a tuple in a tuple, half a million deep: to hash it takes more stack than there is."""
+    value = pickle.EMPTY_DICT + pickle.NONE + pickle.TUPLE1 * 500_000 + pickle.NONE + pickle.SETITEM
+    items_are(workshop, archive(pickle.PROTO + b"\2" + value + pickle.STOP))

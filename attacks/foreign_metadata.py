@@ -1,0 +1,216 @@
+"""Plain DCP directories whose metadata runs nothing, and asks for what it must not get."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from attacks.corpus import Workshop, attack
+from attacks.pickles import assemble, metadata_is, text
+from ray_stateful.format import layout
+
+
+def change(workshop: Workshop, function: Callable[[Any], object]) -> None:
+    """Change the metadata's objects, and write it as DCP does."""
+    path = workshop.directory / layout.DCP_METADATA
+    metadata = pickle.loads(path.read_bytes())
+    function(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def place(metadata: Any, key: str) -> Any:
+    return next(info for index, info in metadata.storage_data.items() if index.fqn == key)
+
+
+@attack(foreign=True)
+def item_file_above_the_directory(workshop):
+    """An item's file is `../secret`, which is there."""
+    (workshop.directory.parent / "secret").write_bytes(os.urandom(100_000))
+    change(workshop, lambda m: setattr(place(m, "thing.weights"), "relative_path", "../secret"))
+
+
+@attack(foreign=True)
+def item_file_of_the_machine(workshop):
+    """An item's file is an absolute path."""
+    change(workshop, lambda m: setattr(place(m, "thing.weights"), "relative_path", "/etc/passwd"))
+
+
+@attack(foreign=True)
+def item_file_with_backslashes(workshop):
+    """An item's file leads upwards where backslashes separate."""
+    change(workshop, lambda m: setattr(place(m, "thing.weights"), "relative_path", "..\\secret"))
+
+
+@attack(foreign=True)
+def item_file_with_a_nul(workshop):
+    """An item's file has a NUL byte, at which C ends a name."""
+    change(workshop, lambda m: setattr(place(m, "thing.weights"), "relative_path", "__0_0.distcp\0"))
+
+
+@attack(foreign=True)
+def item_before_the_file(workshop):
+    """An item begins at a negative offset."""
+    change(workshop, lambda m: setattr(place(m, "thing.weights"), "offset", -1))
+
+
+@attack(foreign=True)
+def item_of_a_terabyte(workshop):
+    """An item is longer than its file, by far."""
+    change(workshop, lambda m: setattr(place(m, "thing.weights"), "length", 1 << 40))
+
+
+@attack(foreign=True)
+def item_with_an_overflowing_end(workshop):
+    """Offset and length add up to a small number in 64 bits."""
+    change(workshop, lambda m: setattr(place(m, "thing.weights"), "offset", (1 << 64) - 1))
+
+
+@attack(foreign=True)
+def item_transformed(workshop):
+    """An item is said to be compressed, by a transformation that its reader would have to load."""
+    change(workshop, lambda m: setattr(place(m, "thing.weights"), "transform_descriptors", ["zstd"]))
+
+
+@attack(foreign=True)
+def tensor_of_an_exabyte(workshop):
+    """A tensor's shape takes more memory than there is on Earth; its chunk is small."""
+
+    def grow(metadata):
+        metadata.state_dict_metadata["thing.weights"].size = torch.Size([1 << 40, 1 << 20])
+
+    change(workshop, grow)
+
+
+@attack(foreign=True)
+def tensor_not_covered(workshop):
+    """The chunks leave a part of the tensor as it was: half of a model would not be loaded, without a word."""
+
+    def shrink(metadata):
+        metadata.state_dict_metadata["thing.weights"].size = torch.Size([80, 30])
+
+    change(workshop, shrink)
+
+
+@attack(foreign=True, late=True)
+def tensor_of_another_dtype(workshop):
+    """The metadata says int64 where the item is float32: copying would cast, to values nobody trained."""
+
+    def cast(metadata):
+        metadata.state_dict_metadata["thing.layers.0"].properties.dtype = torch.float16
+
+    change(workshop, cast)
+
+
+@attack(foreign=True)
+def two_tensors_in_one_place(workshop):
+    """Two tensors are the same bytes of a file; with many of them a small file fills any memory."""
+
+    def alias(metadata):
+        info = place(metadata, "thing.weights")
+        other = next(index for index in metadata.storage_data if index.fqn == "thing.other")
+        metadata.storage_data[other] = _StorageInfo(info.relative_path, info.offset, info.length)
+
+    change(workshop, alias)
+
+
+@attack(foreign=True)
+def entry_stored_nowhere(workshop):
+    """An entry has a shape and no bytes."""
+
+    def add(metadata):
+        metadata.state_dict_metadata["thing.more"] = dcp.BytesStorageMetadata()
+
+    change(workshop, add)
+
+
+@attack(foreign=True)
+def shape_of_floats(workshop):
+    """A shape of numbers that are no ints, NaN among them, which no comparison refuses."""
+
+    def confuse(metadata):
+        metadata.state_dict_metadata["thing.weights"].size = [40.0, float("nan")]
+
+    change(workshop, confuse)
+
+
+@attack(foreign=True)
+def list_with_a_far_position(workshop):
+    """An entry is at position a billion of a list, which a reader would fill up to there."""
+
+    def move(metadata):
+        metadata.planner_data["thing.layers.0"] = ("thing", "layers", 1_000_000_000)
+        entry = metadata.state_dict_metadata.pop("thing.layers.0")
+        metadata.state_dict_metadata["thing.layers.1000000000"] = entry
+        index = next(index for index in metadata.storage_data if index.fqn == "thing.layers.0")
+        info = metadata.storage_data.pop(index)
+        metadata.storage_data[dcp.MetadataIndex("thing.layers.1000000000", index.offset)] = info
+        metadata.planner_data["thing.layers.1000000000"] = ("thing", "layers", 1_000_000_000)
+
+    change(workshop, move)
+
+
+@attack(foreign=True)
+def memo_of_gigabytes(workshop):
+    """Ten bytes that have pickle's reader in C make room for four billion remembered objects (LONG_BINPUT)."""
+    metadata_is(workshop, assemble(pickle.NONE, pickle.LONG_BINPUT + b"\xf0\xff\xff\xff"))
+
+
+@attack(foreign=True)
+def bytes_of_an_exabyte(workshop):
+    """A length of 2**60 in front of a byte string, which a reader may make room for at once (BINBYTES8)."""
+    metadata_is(workshop, assemble(pickle.BINBYTES8 + (1 << 60).to_bytes(8, "little")))
+
+
+@attack(foreign=True)
+def text_longer_than_the_file(workshop):
+    """The same with a text (BINUNICODE)."""
+    metadata_is(workshop, assemble(pickle.BINUNICODE + b"\xff\xff\xff\x7f"))
+
+
+@attack(foreign=True)
+def key_whose_hash_never_ends(workshop):
+    """A tuple of two tuples of two tuples, 60 levels deep, as a dict key: 300 bytes, 2**60 hashes."""
+    doubled = b"".join((pickle.MEMOIZE, pickle.BINGET + bytes([n]), pickle.TUPLE2) for n in range(0))
+    value = text("x") + pickle.MEMOIZE
+    for level in range(60):
+        value += pickle.BINGET + bytes([level]) + pickle.TUPLE2 + pickle.MEMOIZE
+    metadata_is(workshop, assemble(doubled, pickle.EMPTY_DICT, value, pickle.NONE, pickle.SETITEM))
+
+
+@attack(foreign=True)
+def name_whose_text_never_ends(workshop):
+    """The same tuple where a place in a file is expected, for an error message that prints it."""
+
+    def confuse(metadata):
+        value: Any = "x"
+        for _ in range(60):
+            value = (value, value)
+        metadata.storage_data[next(iter(metadata.storage_data))] = value
+
+    change(workshop, confuse)
+
+
+@attack(foreign=True)
+def nesting_without_end(workshop):
+    """A hundred thousand lists, each in the next: whoever walks them by recursion dies of it."""
+    depth = 100_000
+    metadata_is(workshop, assemble(pickle.EMPTY_LIST * depth, pickle.APPEND * (depth - 1)))
+
+
+@attack(foreign=True)
+def metadata_is_empty(workshop):
+    """No bytes at all."""
+    metadata_is(workshop, b"")
+
+
+@attack(foreign=True)
+def metadata_is_a_terabyte(workshop):
+    """A metadata file that takes no room on the disk and all of the memory: one hole."""
+    with open(workshop.directory / layout.DCP_METADATA, "wb") as file:
+        file.truncate(1 << 40)

@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TypeVar
@@ -183,7 +183,7 @@ class RetryingStorage:
 
     def open_sink(self, path: str) -> Sink:
         sink = self._retried("open", path, lambda: self.inner.open_sink(path))
-        return _DeadlineSink(sink, path, self.policy)
+        return DeadlineSink(sink, path, self.policy)
 
     def write(self, path: str, data: Buffer) -> None:
         self._retried("write", path, lambda: self.inner.write(path, data))
@@ -211,7 +211,7 @@ class RetryingStorage:
 def write_file(
     storage: Storage,
     path: str | Callable[[int], str],
-    producer: Callable[[Sink], T],
+    producer: Callable[[DeadlineSink], T],
     policy: RetryPolicy | None = None,
 ) -> T:
     """Stream one file: `producer` writes all of it to the sink it is given, and again from its start to a new one.
@@ -240,7 +240,7 @@ def write_file(
         number = next(tries)
         where = path if isinstance(path, str) else path(number)
         opened = deadlines.call(lambda: inner.open_sink(where), limits.attempt_s, where)
-        with _DeadlineSink(opened, where, limits) as sink:
+        with DeadlineSink(opened, where, limits) as sink:
             return producer(sink)
 
     return retried("write", path if isinstance(path, str) else path(0), stream, limits, note_retry, in_thread=False)
@@ -282,13 +282,24 @@ def retried(
     raise AssertionError("pauses have no end")
 
 
-class _DeadlineSink:
+class DeadlineSink:
+    """A sink whose calls end in time, made one after another by one thread."""
+
     def __init__(self, inner: Sink, path: str, policy: RetryPolicy) -> None:
         self._inner, self._path, self._policy = inner, path, policy
         self._line = deadlines.Line()
 
     def write(self, data: Buffer) -> None:
-        self._line.call(lambda: self._inner.write(data), self._policy.attempt_s, self._path)
+        self.write_all([data])
+
+    def write_all(self, parts: Sequence[Buffer]) -> None:
+        """Append `parts`, in their order, within the deadline of one call."""
+
+        def write() -> None:
+            for part in parts:
+                self._inner.write(part)
+
+        self._line.call(write, self._policy.attempt_s, self._path)
 
     def __enter__(self) -> Self:
         self._inner.__enter__()

@@ -29,10 +29,10 @@ from ray_stateful.format.layout import item_file
 from ray_stateful.format.manifest import StoredFile
 from ray_stateful.format.torch_item import envelope
 from ray_stateful.storage import commit
-from ray_stateful.storage.base import Sink, Storage
+from ray_stateful.storage.base import Storage
 from ray_stateful.storage.commit import Description, WrittenFile
 from ray_stateful.storage.planner import BalancedSavePlanner, dtype_name, item_bytes
-from ray_stateful.storage.retries import write_file
+from ray_stateful.storage.retries import DeadlineSink, write_file
 from ray_stateful.storage.uris import resolve
 
 DEFAULT_NUM_FILES = 2
@@ -42,6 +42,9 @@ _MAX_FILES = 10_000
 
 # Small enough that hashing one part while the filesystem takes another keeps both in cache.
 _PART_BYTES = 4 << 20
+
+# Handed to the storage together: each call has a deadline, and with it the price of waking a thread.
+_TOGETHER_BYTES = 4 << 20
 
 
 class CheckpointWriter(StorageWriter):
@@ -128,9 +131,10 @@ class CheckpointWriter(StorageWriter):
             name = item_file(self._rank, number + attempt * _MAX_FILES)
             return posixpath.join(self._path, name)
 
-        def stream(sink: Sink) -> list[WriteResult]:
+        def stream(sink: DeadlineSink) -> list[WriteResult]:
             file = _ItemFile(name, sink)
             results = [file.add(item, planner) for item in items]
+            file.hand_over()
             whole = WrittenFile(name, StoredFile(size=file.offset, xxh3=file.checksum.hexdigest()))
             return [*results, commit.file_result(whole)]
 
@@ -140,11 +144,13 @@ class CheckpointWriter(StorageWriter):
 class _ItemFile:
     """One item file being written: keeps count of the offset, and the checksum of the whole."""
 
-    def __init__(self, name: str, sink: Sink) -> None:
+    def __init__(self, name: str, sink: DeadlineSink) -> None:
         self.offset = 0
         self.checksum = RunningChecksum()
         self._name = name
         self._sink = sink
+        self._pending: list[memoryview] = []
+        self._pending_bytes = 0
         # Hyperparameters repeat for every parameter: the same bytes are stored once, and pointed to.
         self._stored: dict[bytes, tuple[int, int, bytes]] = {}
 
@@ -212,11 +218,21 @@ class _ItemFile:
         self._write(data)
         return block_checksums(data, block_bytes)
 
+    def hand_over(self) -> None:
+        """Give the sink what is still to be given; before the file ends."""
+        if self._pending:
+            self._sink.write_all(self._pending)
+        self._pending, self._pending_bytes = [], 0
+
     def _write(self, data: Buffer) -> None:
         view = memoryview(data)
-        self._sink.write(view)
         self.checksum.update(view)
         self.offset += view.nbytes
+        # A view keeps the tensor it looks at; no copy is made of it.
+        self._pending.append(view)
+        self._pending_bytes += view.nbytes
+        if self._pending_bytes >= _TOGETHER_BYTES:
+            self.hand_over()
 
 
 def distribute(items: list[WriteItem], num_files: int, max_file_bytes: int | None) -> list[list[WriteItem]]:

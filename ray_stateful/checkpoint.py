@@ -42,7 +42,7 @@ from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks, current_rank
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.restoring import Rejected
 from ray_stateful.runs import Run
-from ray_stateful.storage.commit import Description
+from ray_stateful.storage.commit import Description, places_digest, repeated
 from ray_stateful.storage.plan_cache import PlanCache, agree, structure_digest, values_digests
 from ray_stateful.storage.planner import BalancedSavePlanner
 from ray_stateful.storage.ranges import ReadLimits
@@ -153,17 +153,20 @@ class Saving:
 
         # 3. A name that no other attempt has: shards of two attempts must never share a directory.
         attempt = secrets.token_hex(3)
-        self._name = str(CheckpointName(self._step, ranks.broadcast("name the checkpoint", attempt)))
+        ((number,), *_) = ranks.all_gather_ints("name the checkpoint", [int(attempt, 16)])
+        self._name = str(CheckpointName(self._step, f"{number:06x}"))
         path = posixpath.join(run.path, self._name)
 
         # 4. Whatever this rank can refuse, it refuses before anything is written.
-        plan = SavePlan([])
+        mine = [0, 0, 0]
         with outcome.catch():
             if outcome.error is None:
                 self._prepared = run.prepare_report(self._metrics, self._name)
-                plan = planner.create_local_plan()
-        _agree(ranks, path, "plan", outcome)
-        plan, metadata = self._plan(ranks, path, plan)
+                mine = [
+                    structure_digest(planner.describe(), ranks.world_size),
+                    *values_digests(planner.shared_values()),
+                ]
+        plan, metadata = self._plan(ranks, path, _agree(ranks, path, "plan", outcome, mine))
 
         # 5.
         storage = run.storage.within(ranks.timeout_s) if isinstance(run.storage, RetryingStorage) else run.storage
@@ -176,16 +179,23 @@ class Saving:
             written = writer.write_data(plan, planner).wait()
 
         # 6.
-        _agree(ranks, path, "write", outcome)
+        places = [place for (place,) in _agree(ranks, path, "write", outcome, [places_digest(written)])]
 
         # 7. Only rank 0 commits, and only with everyone's results in hand.
+        committed = self._plans.committed
         with outcome.catch():
-            results = ranks.gather("gather results", written)
-            if ranks.rank == 0:
-                assert metadata is not None
-                writer.finish(metadata, results)
-        _agree(ranks, path, "commit", outcome)
-        sizes = ranks.all_gather_ints("add up the sizes", [writer.num_bytes])
+            if self._plans.are_places(places):
+                everyone = ranks.gather("gather results", repeated(written))
+                if ranks.rank == 0:
+                    assert committed is not None
+                    writer.commit_again(committed, everyone)
+            else:
+                results = ranks.gather("gather results", written)
+                if ranks.rank == 0:
+                    assert metadata is not None
+                    committed = writer.commit(metadata, results)
+        sizes = _agree(ranks, path, "commit", outcome, [writer.num_bytes])
+        self._plans.keep_commit(places, committed)
         self._num_bytes = sum(size for (size,) in sizes)
 
     def report(self, ranks: Ranks) -> SaveReport:
@@ -212,20 +222,23 @@ class Saving:
             logger.info("%s", report)
         return report
 
-    def _plan(self, ranks: Ranks, path: str, plan: SavePlan) -> tuple[SavePlan, Metadata | None]:
+    def _plan(self, ranks: Ranks, path: str, everyone: Sequence[Sequence[int]]) -> tuple[SavePlan, Metadata | None]:
         """The items of this rank, and on rank 0 what there is altogether.
 
-        Twenty-four bytes a rank say whether all have the structure of the last save, and agree on the values: then
-        nothing that grows with the number of parameters is sent.
+        Args:
+            everyone: Of each rank, the digests of its structure, and of its values by name, and by name and content:
+                twenty-four bytes that say whether all have the structure of the last save, and agree on the values.
+                Then nothing that grows with the number of parameters is sent.
         """
-        mine = [structure_digest(plan, ranks.world_size), *values_digests(plan)]
-        everyone = ranks.all_gather_ints("compare structures", mine)
         structures = [structure for structure, _, _ in everyone]
         cached = self._plans.find(structures)
         if cached is not None and agree([(names, contents) for _, names, contents in everyone]):
             return cached.plan, cached.metadata
 
-        metadata: Metadata | None = None
+        plan, metadata = SavePlan([]), None
+        with self._outcome.catch():
+            plan = self._planner.create_local_plan()
+        _agree(ranks, path, "plan", self._outcome)
         plans = ranks.gather("gather plans", plan)
         with self._outcome.catch():
             if ranks.rank == 0:
@@ -321,10 +334,16 @@ def _refuse_different_parts(state: Mapping[str, Any], digests: Sequence[int]) ->
         )
 
 
-def _agree(ranks: Ranks, path: str, phase: str, outcome: Outcome) -> None:
-    failures = ranks.failures(phase, outcome)
+def _agree(ranks: Ranks, path: str, phase: str, outcome: Outcome, facts: Sequence[int] = ()) -> list[list[int]]:
+    """Everyone's `facts`, of which each rank has as many; or what went wrong on any of them, raised on all.
+
+    Raises:
+        SaveFailed: on every rank.
+    """
+    failures, everyone = ranks.share(phase, outcome, facts)
     if failures:
         raise SaveFailed(path, phase, {rank: f.text for rank, f in failures.items()}) from outcome.error
+    return everyone
 
 
 def _versions() -> dict[str, str]:

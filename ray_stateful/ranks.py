@@ -8,7 +8,7 @@ through; tensors never do.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -132,9 +132,20 @@ class Ranks:
 
     def failures(self, phase: str, outcome: Outcome) -> dict[int, Failure]:
         """What went wrong on every rank that failed; empty when all succeeded. The same on every rank."""
+        return self.share(phase, outcome)[0]
+
+    def share(
+        self, phase: str, outcome: Outcome, facts: Sequence[int] = ()
+    ) -> tuple[dict[int, Failure], list[list[int]]]:
+        """What went wrong on every rank that failed, and everyone's `facts`: equally many 64-bit integers a rank.
+
+        One small collective where all went well, and another one for the causes where something did not.
+        """
         mine = None if outcome.error is None else Failure.of(outcome.error)
-        everyone = self.all_gather(phase, mine)
-        return {rank: failure for rank, failure in enumerate(everyone) if failure is not None}
+        rows = self.all_gather_ints(phase, [int(mine is not None), *facts])
+        everyone = self.all_gather(phase, mine) if any(failed for failed, *_ in rows) else []
+        failures = {rank: failure for rank, failure in enumerate(everyone) if failure is not None}
+        return failures, [row[1:] for row in rows]
 
     def raise_if_any_failed(self, phase: str, outcome: Outcome) -> None:
         """Raise `RankFailed` on every rank if `outcome` holds an error on any of them."""

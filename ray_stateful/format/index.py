@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,11 @@ from ray_stateful.format.strict_json import strict_json
 
 class IntKey(int):
     """A step of a path that is a dict's key, where a plain int is a position in a list."""
+
+    __str__ = int.__repr__
+
+    def __repr__(self) -> str:
+        return f"IntKey({self})"
 
 
 KeyPath = tuple[str | int, ...]
@@ -152,7 +157,16 @@ SCHEMA = pa.schema(
 
 def to_bytes(rows: Sequence[StoredChunk]) -> bytes:
     """The index file of `rows`, which are put in the order of key and offsets."""
-    rows = sorted(rows, key=lambda row: (row.key, row.box.offsets))
+    return stream_of(columns_of([rows[at] for at in order_of(rows)]))
+
+
+def order_of(rows: Sequence[StoredChunk]) -> list[int]:
+    """The positions of `rows` in the order of an index."""
+    return sorted(range(len(rows)), key=lambda at: (rows[at].key, rows[at].box.offsets))
+
+
+def columns_of(rows: Sequence[StoredChunk]) -> dict[str, pa.Array]:
+    """The columns of an index, by name."""
     columns: dict[str, list[Any]] = {
         "key": [row.key for row in rows],
         "path": [_path_to_json(row.path) for row in rows],
@@ -168,10 +182,19 @@ def to_bytes(rows: Sequence[StoredChunk]) -> bytes:
         "checksums": [row.checksums for row in rows],
         "value": [row.value for row in rows],
     }
-    arrays = [pa.array(columns[field.name], type=field.type) for field in SCHEMA]
+    return {field.name: column_of(field.name, columns[field.name]) for field in SCHEMA}
+
+
+def column_of(name: str, entries: Sequence[Any]) -> pa.Array:
+    """One column of an index."""
+    return pa.array(entries, type=SCHEMA.field(name).type)
+
+
+def stream_of(columns: Mapping[str, pa.Array]) -> bytes:
+    """The index file that has these columns."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, SCHEMA) as writer:
-        writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+        writer.write_table(pa.Table.from_arrays([columns[field.name] for field in SCHEMA], schema=SCHEMA))
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]  # pyarrow is untyped
 
 

@@ -44,8 +44,14 @@ def encode(value: Any, key: str) -> str:
     Raises:
         UnsupportedState: a value within it has no encoding; names the key and the path within.
     """
+    # Most values are hyperparameters: a number each, and one for every parameter.
+    kind = type(value)
+    if kind is float and math.isfinite(value):
+        return float.__repr__(value)
+    if value is None or kind is bool:
+        return _CONSTANTS[value]
     try:
-        return json.dumps(_encode(value, key, 0), separators=(",", ":"), allow_nan=False)
+        return _ENCODER.encode(_encode(value, key, 0))
     except ValueError as error:
         # Python writes no int of more than 4,300 digits, as reading one takes time that grows with their square.
         raise UnsupportedState(key, f"a number of too many digits ({error})", "store it as bytes") from error
@@ -131,6 +137,9 @@ def _encode_torch(value: Any, key: str, depth: int) -> Any:
         return {"$tensor": [_dtype_name(value), list(value.shape), _text(flat.view(torch.uint8).numpy().tobytes())]}
     return None
 
+
+_CONSTANTS = {None: "null", True: "true", False: "false"}
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 _ENCODERS: dict[type, Callable[[Any, str, int], Any]] = {
     Counter: _pairs("$counter"),

@@ -10,8 +10,10 @@ import posixpath
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import pyarrow as pa
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
@@ -101,21 +103,117 @@ def prove(metadata: Metadata, rows: Sequence[StoredChunk]) -> None:
         raise ValueError("what was written is not what was planned:\n  " + "\n  ".join(sorted(problems)))
 
 
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """What a rank wrote in the places of its last save: the checksums, values and files that may differ, in order."""
+
+    checksums: list[bytes]
+    values: list[str | None]
+    files: list[WrittenFile]
+
+
+def repeated(results: Sequence[WriteResult]) -> Repeated:
+    """What of a rank's results its places do not tell."""
+    rows = _rows(results)
+    files = [result.storage_data for result in results if isinstance(result.storage_data, WrittenFile)]
+    return Repeated([row.checksums for row in rows], [row.value for row in rows], files)
+
+
+def places_digest(results: Sequence[WriteResult]) -> int:
+    """63 bits of all that an index says of a rank's results but for checksums and values."""
+    places = [
+        (
+            *(row.key, row.path, row.dtype, row.shape, row.box.offsets, row.box.sizes, row.file),
+            *(row.item_offset, row.item_length, row.data_offset, row.block_bytes),
+            *(len(row.checksums), row.value is None),
+        )
+        for row in _rows(results)
+    ]
+    return int(checksum(repr(places).encode("utf-8", "surrogatepass")), 16) >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a commit came to, for one of the same rows in the same places: only checksums and values are new.
+
+    `sources` has the positions of each row of the index among all ranks' rows; a tree may be several ranks'.
+    """
+
+    metadata: bytes
+    columns: Mapping[str, pa.Array]
+    sources: list[list[int]]
+
+    @classmethod
+    def of(cls, metadata: bytes, rows: Sequence[StoredChunk], results: Sequence[Sequence[WriteResult]]) -> Committed:
+        """Args: `rows` as they were committed, `results` those that they were collected from."""
+        positions: dict[tuple[str, bool, tuple[int, ...]], list[int]] = defaultdict(list)
+        for at, row in enumerate(row for of_rank in results for row in _rows(of_rank)):
+            positions[row.key, row.is_tree, row.box.offsets].append(at)
+        rows = [rows[at] for at in index.order_of(rows)]
+        sources = [positions[row.key, row.is_tree, row.box.offsets] for row in rows]
+        return cls(metadata, index.columns_of(rows), sources)
+
+    def again(self, everyone: Sequence[Repeated]) -> bytes:
+        """The index of a save that wrote to the same places.
+
+        Raises:
+            ValueError: two ranks have different trees at one path.
+        """
+        checksums = [one for of_rank in everyone for one in of_rank.checksums]
+        values = [one for of_rank in everyone for one in of_rank.values]
+        for name, sources in zip(self.columns["key"].to_pylist(), self.sources, strict=True):
+            if len(sources) > 1 and len({values[at] for at in sources}) > 1:
+                raise ValueError(f"{name}: one value on some ranks, and another on others")
+        renewed = {
+            name: index.column_of(name, [entries[sources[0]] for sources in self.sources])
+            for name, entries in (("checksums", checksums), ("value", values))
+        }
+        return index.stream_of({**self.columns, **renewed})
+
+
 def commit(
     storage: Storage,
     path: str,
     metadata: Metadata,
-    rows: list[StoredChunk],
-    files: Mapping[str, StoredFile],
+    results: Sequence[Sequence[WriteResult]],
     description: Description,
+) -> Committed:
+    """Prove the checkpoint complete, and write `.metadata`, the index and, last, the manifest into directory `path`.
+
+    Raises:
+        ValueError: an item that was planned is not among the results, or the written chunks leave a gap.
+    """
+    rows, files = collect(results)
+    prove(metadata, rows)
+    committed = Committed.of(dcp_metadata.to_bytes(metadata, rows), rows, results)
+    index_bytes = index.stream_of(committed.columns)
+    contents = {layout.DCP_METADATA: committed.metadata, layout.INDEX: index_bytes}
+    manifest = _manifest(files, contents, description)
+    # What no reader would take is not committed: the first to find out must not be the restore that needs it.
+    sizes = {name: file.size for name, file in manifest.files.items()}
+    opening.parse(opening.RawCheckpoint(path=path, sizes=sizes, manifest=manifest.to_json(), index=index_bytes))
+    _write(storage, path, contents, manifest)
+    return committed
+
+
+def commit_again(
+    storage: Storage, path: str, committed: Committed, everyone: Sequence[Repeated], description: Description
 ) -> None:
-    """Write `.metadata`, the index and, last, the manifest into directory `path`."""
-    contents = {
-        layout.DCP_METADATA: dcp_metadata.to_bytes(metadata, rows),
-        layout.INDEX: index.to_bytes(rows),
-    }
+    """The same for a save whose every rank wrote to the places of `committed`, which was proved.
+
+    What those places are is not proved twice: that they are the same is what the ranks' `places_digest`s say.
+
+    Raises:
+        ValueError: two ranks have different trees at one path.
+    """
+    files = {written.name: written.file for of_rank in everyone for written in of_rank.files}
+    contents = {layout.DCP_METADATA: committed.metadata, layout.INDEX: committed.again(everyone)}
+    _write(storage, path, contents, _manifest(files, contents, description))
+
+
+def _manifest(files: Mapping[str, StoredFile], contents: Mapping[str, bytes], description: Description) -> Manifest:
     described = {name: StoredFile(size=len(content), xxh3=checksum(content)) for name, content in contents.items()}
-    manifest = Manifest(
+    return Manifest(
         step=description.step,
         samples=description.samples,
         world_size=description.world_size,
@@ -125,11 +223,18 @@ def commit(
         versions=description.versions,
         files=dict(sorted({**files, **described}.items())),
         created_s=time.time(),
-    ).to_json()
-    # What no reader would take is not committed: the first to find out must not be the restore that needs it.
-    sizes = {name: file.size for name, file in {**files, **described}.items()}
-    opening.parse(opening.RawCheckpoint(path=path, sizes=sizes, manifest=manifest, index=contents[layout.INDEX]))
-    for name, content in contents.items():
-        storage.write(posixpath.join(path, name), content)
+    )
+
+
+def _write(storage: Storage, path: str, contents: Mapping[str, bytes], manifest: Manifest) -> None:
+    # Side by side: to an object store each is a round trip or two.
+    with ThreadPoolExecutor(max_workers=len(contents), thread_name_prefix="checkpoint-commit") as pool:
+        jobs = [pool.submit(storage.write, posixpath.join(path, name), data) for name, data in contents.items()]
+    for job in jobs:
+        job.result()
     # Only now: a reader takes the manifest's presence as proof that every file it names is whole.
-    storage.write(posixpath.join(path, layout.MANIFEST), manifest)
+    storage.write(posixpath.join(path, layout.MANIFEST), manifest.to_json())
+
+
+def _rows(results: Sequence[WriteResult]) -> list[StoredChunk]:
+    return [result.storage_data for result in results if not isinstance(result.storage_data, WrittenFile)]

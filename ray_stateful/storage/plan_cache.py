@@ -1,19 +1,20 @@
 """Plans that are used again: planning gathers every rank's entries on one rank, and the answer is the same each time.
 
 A plan holds for one structure: keys, shapes, dtypes, shards, world size. All of it goes into a digest, and the
-digests of all ranks, not the number of a save or the name of a class, say whether a plan may be used again.
+digests of all ranks, not the number of a save or the name of a class, say whether a plan may be used again. So it is
+with what was committed: where each rank wrote what it wrote before, an index differs in its checksums and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan
 
-from ray_stateful.format.checksums import RunningChecksum
-from ray_stateful.format.layout import is_rank_key
+from ray_stateful.format.checksums import checksum
+from ray_stateful.storage.commit import Committed
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,13 @@ class CachedPlan:
 
 
 class PlanCache:
-    """The last plan of one state."""
+    """The last plan of one state, and on rank 0 what was committed by it."""
 
     def __init__(self) -> None:
         self._digests: tuple[int, ...] | None = None
         self._cached: CachedPlan | None = None
+        self._places: tuple[int, ...] | None = None
+        self.committed: Committed | None = None
 
     def find(self, digests: Sequence[int]) -> CachedPlan | None:
         """The plan for ranks of these structures; the same answer on every rank, as all of them kept it together."""
@@ -38,29 +41,29 @@ class PlanCache:
     def keep(self, digests: Sequence[int], plan: SavePlan, metadata: Metadata | None) -> None:
         self._digests, self._cached = tuple(digests), CachedPlan(plan, metadata)
 
+    def are_places(self, places: Sequence[int]) -> bool:
+        """Whether all ranks wrote where they did for the last commit; the same answer on every rank."""
+        return tuple(places) == self._places
 
-def structure_digest(plan: SavePlan, world_size: int) -> int:
-    """63 bits of what this rank's part of the plan depends on."""
-    digest = RunningChecksum()
-    digest.update(f"{world_size}".encode())
-    for item in plan.items:
-        data = item.tensor_data
-        chunk = None if data is None else (tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-        tensor = None if data is None else (tuple(data.size), str(data.properties.dtype))
-        path = None if plan.planner_data is None else plan.planner_data.get(item.index.fqn)
-        digest.update(repr((item.index.fqn, item.type.value, chunk, tensor, path)).encode())
-    return int(digest.hexdigest(), 16) >> 1
+    def keep_commit(self, places: Sequence[int], committed: Committed | None) -> None:
+        """Only when all ranks know that it is committed: what a failed save wrote is not what the index tells of."""
+        self._places, self.committed = tuple(places), committed
 
 
-def values_digests(plan: SavePlan) -> tuple[int, int]:
-    """63 bits of the names of this rank's values, and 63 bits of names and values; without those of this rank alone."""
-    names, contents = RunningChecksum(), RunningChecksum()
-    for item in plan.items:
-        path = (plan.planner_data or {}).get(item.index.fqn, ())
-        if item.type == WriteItemType.BYTE_IO and not (len(path) > 1 and is_rank_key(path[1])):
-            names.update(f"{item.index.fqn};".encode())
-            contents.update(f"{item.index.fqn}={getattr(item.bytes_io_data, 'xxh3', '')};".encode())
-    return int(names.hexdigest(), 16) >> 1, int(contents.hexdigest(), 16) >> 1
+def structure_digest(descriptions: Iterable[str], world_size: int) -> int:
+    """63 bits of what this rank's part of the plan depends on, a description for each entry."""
+    return _digest([f"{world_size}", *descriptions])
+
+
+def values_digests(texts: Iterable[tuple[str, str]]) -> tuple[int, int]:
+    """63 bits of the names, and 63 bits of names and contents, of the values that other ranks may have too."""
+    texts = list(texts)
+    return _digest(name for name, _ in texts), _digest(f"{name}={text}" for name, text in texts)
+
+
+def _digest(texts: Iterable[str]) -> int:
+    # A byte that no UTF-8 text has: two lists that differ are not the same when they are joined.
+    return int(checksum(b"\xff".join(text.encode("utf-8", "surrogatepass") for text in texts)), 16) >> 1
 
 
 def agree(digests: Sequence[tuple[int, int]]) -> bool:

@@ -11,10 +11,11 @@ import dataclasses
 import io
 import math
 from collections import ChainMap, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, WriteItem, WriteItemType
@@ -26,6 +27,7 @@ from ray_stateful.format.checksums import checksum
 from ray_stateful.format.chunks import Box, coverage_problems
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.index import KeyPath
+from ray_stateful.format.layout import is_rank_key
 from ray_stateful.storage.staging import StagedTensors, Staging
 from ray_stateful.storage.structure import describe_structure, is_tensor
 
@@ -41,7 +43,8 @@ class BalancedSavePlanner(DefaultSavePlanner):
     """Writes each tensor's chunks once, spread over the ranks by the bytes they really have."""
 
     def __init__(self) -> None:
-        super().__init__()
+        # A ShardedTensor of ShardedTensors is what nobody makes any more; looking for one passes over every entry.
+        super().__init__(flatten_sharded_tensors=False)
         self.encoded: dict[str, str] = {}
         self.trees: dict[KeyPath, str] = {}
         self.staged: StagedTensors | None = None
@@ -67,6 +70,19 @@ class BalancedSavePlanner(DefaultSavePlanner):
             for path, tree in trees.items()
             if (key := ".".join(map(str, path))) not in self.state_dict
         }
+
+    def describe(self) -> Iterator[str]:
+        """What this rank's part of the plan depends on, in words, for each entry."""
+        words: dict[Any, str] = {}
+        for key, value in self.state_dict.items():
+            yield f"{key} {self.mappings[key]} {_described(value, words)}"
+
+    def shared_values(self) -> Iterator[tuple[str, str]]:
+        """Name and JSON of the values that other ranks may have too."""
+        for key, text in self.encoded.items():
+            path = self.mappings[key]
+            if not (len(path) > 1 and is_rank_key(path[1])):
+                yield key, text
 
     def create_local_plan(self) -> SavePlan:
         """This rank's chunks and values.
@@ -159,6 +175,23 @@ def item_bytes(item: WriteItem) -> int:
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+def _described(value: Any, words: dict[Any, str]) -> str:
+    """Kind, shape, dtype and shards of an entry. `words` keeps those of meshes and placements, which repeat."""
+    if not is_tensor(value):
+        return "value"
+    if isinstance(value, DTensor):
+        mesh, placements = value.device_mesh, value.placements
+        if id(mesh) not in words:
+            ranks = checksum(mesh.mesh.cpu().numpy().tobytes())
+            words[id(mesh)] = f"{mesh.mesh_dim_names} {tuple(mesh.shape)} {ranks} {mesh.get_coordinate()}"
+        if placements not in words:
+            words[placements] = repr(placements)
+        return f"{tuple(value.shape)} {value.dtype} {words[placements]} {words[id(mesh)]}"
+    if isinstance(value, ShardedTensor):
+        return repr(value.metadata())
+    return f"{tuple(value.shape)} {value.dtype} {value.layout} {value.is_quantized}"
 
 
 def _is_empty_shard(item: WriteItem) -> bool:

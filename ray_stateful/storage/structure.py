@@ -12,6 +12,10 @@ from torch.distributed.tensor import DTensor
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.format.index import IntKey, KeyPath
 
+# Looked up by exact type first: to ask whether something is a Mapping or a Tensor is a call into Python.
+_SCALARS = frozenset({bool, float, int, str, type(None)})
+_LEAVES = _SCALARS | {DTensor, torch.Tensor, torch.nn.Parameter}
+
 
 class PerRank(dict[str, Any]):
     """One rank's own entry of a part: never stored as one value under its name, which other ranks use too."""
@@ -66,7 +70,7 @@ def copy_containers(value: Any) -> Any:
 
 def is_tensor(value: Any) -> bool:
     """Whether a leaf of a state dict is stored as a tensor: a plain one, a DTensor, or what FSDP1 saves."""
-    return isinstance(value, torch.Tensor | ShardedTensor)
+    return type(value) not in _SCALARS and isinstance(value, torch.Tensor | ShardedTensor)
 
 
 def is_whole(tensor: Any) -> bool:
@@ -78,12 +82,11 @@ def is_whole(tensor: Any) -> bool:
 
 def meshes_of(values: Iterable[Any]) -> tuple[Mapping[str, int], ...]:
     """The device meshes that tensors are sharded over: axis names to sizes, each mesh once."""
+    meshes = {id(value.device_mesh): value.device_mesh for value in values if isinstance(value, DTensor)}
     found: dict[tuple[tuple[str, int], ...], None] = {}
-    for value in values:
-        if isinstance(value, DTensor):
-            mesh = value.device_mesh
-            names = mesh.mesh_dim_names or tuple(f"axis_{axis}" for axis in range(mesh.ndim))
-            found[tuple(zip(names, mesh.shape, strict=True))] = None
+    for mesh in meshes.values():
+        names = mesh.mesh_dim_names or tuple(f"axis_{axis}" for axis in range(mesh.ndim))
+        found[tuple(zip(names, mesh.shape, strict=True))] = None
     return tuple(dict(mesh) for mesh in found)
 
 
@@ -102,6 +105,8 @@ def _walk(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _children(value: Any) -> list[tuple[Any, Any]] | None:
+    if type(value) in _LEAVES:
+        return None
     if isinstance(value, Mapping):
         return list(value.items())
     # A tuple is a leaf, as it is for DCP: with the tensors in it, it is stored as one value.
@@ -111,6 +116,8 @@ def _children(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _has_tensor(value: Any) -> bool:
+    if type(value) in _SCALARS:
+        return False
     if isinstance(value, torch.Tensor):
         return True
     children = _children(value)

@@ -30,7 +30,7 @@ from ray_stateful.format.manifest import StoredFile
 from ray_stateful.format.torch_item import envelope
 from ray_stateful.storage import commit
 from ray_stateful.storage.base import Storage
-from ray_stateful.storage.commit import Description, WrittenFile
+from ray_stateful.storage.commit import Committed, Description, Repeated, WrittenFile
 from ray_stateful.storage.planner import BalancedSavePlanner, dtype_name, item_bytes
 from ray_stateful.storage.retries import DeadlineSink, write_file
 from ray_stateful.storage.uris import resolve
@@ -114,14 +114,22 @@ class CheckpointWriter(StorageWriter):
         Raises:
             ValueError: an item that was planned is not among the results, or the written chunks leave a gap.
         """
-        rows, files = commit.collect(results)
-        commit.prove(metadata, rows)
-        description = self._description or Description(world_size=len(results))
-        commit.commit(self._storage, self._path, metadata, rows, files, description)
+        self.commit(metadata, results)
+
+    def commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> Committed:
+        """`finish`, and what the next one of the same places may build on."""
+        return commit.commit(self._storage, self._path, metadata, results, self._described(len(results)))
+
+    def commit_again(self, committed: Committed, everyone: list[Repeated]) -> None:
+        """`finish` for ranks that all wrote to the places of an earlier commit. Called on the coordinator alone."""
+        commit.commit_again(self._storage, self._path, committed, everyone, self._described(len(everyone)))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return bool(os.fspath(checkpoint_id))
+
+    def _described(self, world_size: int) -> Description:
+        return self._description or Description(world_size=world_size)
 
     def _write_file(self, number: int, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         name = ""

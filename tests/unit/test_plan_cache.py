@@ -1,0 +1,155 @@
+"""What the saves after the first one build on: the same plan, and an index that differs in checksums and values."""
+
+import pytest
+import torch
+
+from ray_stateful import checkpoint
+from ray_stateful.checkpoint import Saving
+from ray_stateful.errors import SaveFailed
+from ray_stateful.ranks import Ranks
+from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage import commit, opening
+from ray_stateful.storage.plan_cache import PlanCache
+from ray_stateful.storage.planner import BalancedSavePlanner
+from ray_stateful.storage.retries import RetryingStorage
+from ray_stateful.storage.uris import resolve
+from ray_stateful.testing import Fail, FaultyStorage
+
+
+class Part:
+    def __init__(self, value=None):
+        self.value = value
+
+    def state_dict(self):
+        return self.value
+
+    def load_state_dict(self, value):
+        self.value = value
+
+
+class Counting(Ranks):
+    """The phases in which something was gathered, and what."""
+
+    def gather(self, phase, value):
+        gathered.append((phase, value))
+        return super().gather(phase, value)
+
+
+gathered = []
+
+
+@pytest.fixture
+def save(tmp_path):
+    storage = resolve(str(tmp_path))[0]
+    run = DirectoryRun(storage, str(tmp_path), str(tmp_path))
+    plans, steps = PlanCache(), iter(range(100))
+
+    def _save(value, plans=plans, rules=()):
+        gathered.clear()
+        inner = FaultyStorage(storage.inner, list(rules)) if rules else storage.inner
+        faulty = DirectoryRun(RetryingStorage(inner, storage.policy), run.path, run.uri)
+        step = next(steps)
+        saving = Saving({"part": Part(value)}, None, step=step, samples=0, run=faulty, plans=plans)
+        saving.collect()
+        saving.write(Counting())
+        return saving.report(Ranks())
+
+    return _save
+
+
+def state(number):
+    return {
+        "weights": torch.full((300,), float(number)),
+        "moments": [torch.arange(6.0) * number, torch.tensor(number)],
+        "rate": 0.1 * number,
+        "epoch": number,
+        "schedule": {"last": number, "milestones": {1: number}},
+    }
+
+
+def opened(report):
+    storage, path = resolve(report.uri)
+    return opening.parse(opening.fetch(storage, path))
+
+
+def test_the_second_save_of_a_structure_gathers_neither_plans_nor_rows(save):
+    save(state(3))
+    assert [phase for phase, _ in gathered] == ["gather plans", "gather results"]
+    save(state(4))
+    ((phase, sent),) = gathered
+    assert phase == "gather results"
+    assert isinstance(sent, commit.Repeated)
+
+
+def test_a_save_that_repeats_the_places_of_the_last_one_commits_what_one_planned_anew_would(save):
+    save(state(3))
+    repeated, anew = save(state(4)), save(state(4), PlanCache())
+
+    assert opened(repeated).chunks == opened(anew).chunks
+    assert opened(repeated).trees == opened(anew).trees
+    fresh = Part()
+    checkpoint.restore({"part": fresh}, run=repeated.uri.rpartition("/")[0], checkpoint=repeated.uri, verify="full")
+    assert torch.equal(fresh.value.pop("weights"), state(4)["weights"])
+    moments = fresh.value.pop("moments")
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(moments, state(4)["moments"], strict=True))
+    assert fresh.value == {name: state(4)[name] for name in ("rate", "epoch", "schedule")}
+
+
+def test_values_that_came_to_lie_elsewhere_are_committed_anew(save):
+    # Equal values are stored once: where two of them differ now, everything behind has moved.
+    save({"a": 0.5, "b": 0.5, "t": torch.ones(3)})
+    report = save({"a": 0.5, "b": 0.25, "t": torch.ones(3)})
+    ((_, sent),) = gathered
+    assert not isinstance(sent, commit.Repeated)
+    fresh = Part()
+    checkpoint.restore({"part": fresh}, run=report.uri.rpartition("/")[0])
+    assert (fresh.value["a"], fresh.value["b"]) == (0.5, 0.25)
+
+
+def test_a_save_after_one_that_wrote_elsewhere_and_failed_builds_on_the_last_commit(save):
+    save(state(3))
+    # The second file is tried again under another name, and the commit fails after that.
+    with pytest.raises(SaveFailed):
+        save(
+            state(4),
+            rules=[
+                Fail("sink.write", nth=2, error=ConnectionResetError("reset")),
+                Fail("write", nth=1, error=PermissionError("denied")),
+            ],
+        )
+    report = save(state(5))
+    fresh = Part()
+    checkpoint.restore({"part": fresh}, run=report.uri.rpartition("/")[0], verify="full")
+    assert torch.equal(fresh.value["weights"], state(5)["weights"])
+    assert fresh.value["epoch"] == 5
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"t": torch.zeros(2, 3), "n": {1: 2}},
+        {"t": torch.zeros(3, 2, dtype=torch.float64), "n": {1: 2}},
+        {"t": torch.zeros(3, 2), "n": {1: 2}, "u": torch.zeros(1)},
+        {"t": torch.zeros(3, 2), "n": {1: torch.tensor(2)}},
+        {"t": 4, "n": {1: 2}},
+    ],
+    ids=["shape", "dtype", "another", "a value became a tensor", "a tensor became a value"],
+)
+def test_any_change_of_structure_is_described_by_other_words(changed):
+    def described(value):
+        planner = BalancedSavePlanner()
+        planner.set_up_planner({"part": value})
+        return list(planner.describe())
+
+    before = {"t": torch.zeros(3, 2), "n": {1: 2}}
+    assert described(before) == described({"t": torch.ones(3, 2), "n": {1: 5}})
+    assert described(before) != described(changed)
+
+
+def test_a_key_that_was_an_int_is_told_from_the_position_in_a_list():
+    def described(value):
+        planner = BalancedSavePlanner()
+        planner.set_up_planner({"part": value})
+        return list(planner.describe())
+
+    assert described({"n": {0: torch.zeros(1)}}) != described({"n": [torch.zeros(1)]})

@@ -249,7 +249,7 @@ def _of_checkpoint(storage: Storage, opened: OpenCheckpoint, part: str) -> Sourc
             if chunk.dtype is None:
                 return value_of(storage, opened.path, chunk)
             tensor = torch.empty(box.sizes, dtype=getattr(torch, chunk.dtype))
-            read_requests(storage, opened.path, [Request(chunk, box.relative_to(box), tensor)], None)
+            read_requests(storage, opened.path, {"": [Request(chunk, box.relative_to(box), tensor)]}, None)
             return tensor
 
         return Entry(

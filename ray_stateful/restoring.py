@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import posixpath
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -24,7 +24,7 @@ from ray_stateful.storage import opening, sharing, verifying
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.ranges import ReadLimits
-from ray_stateful.storage.reader import read_requests, request_of
+from ray_stateful.storage.reader import read_requests, requests_of
 from ray_stateful.storage.reading import ReadStatistics, Request
 from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.structure import is_whole
@@ -43,15 +43,37 @@ class Rejected(CheckpointError):
         return self.why
 
 
-def candidates(run: Run, checkpoint: Any, ranks: Ranks) -> tuple[Run, list[str]]:
-    """Which checkpoints to try, newest first. Rank 0 asks; all ranks get its answer."""
+def candidates(run: Run, checkpoint: Any, ranks: Ranks) -> tuple[Run, Iterator[str]]:
+    """Which checkpoints to try, newest first, and of which run: `checkpoint`, if one is named.
+
+    Each step of the iterator is collective: rank 0 asks, and all ranks get its answer.
+
+    Raises:
+        RankFailed: on every rank, as rank 0 could not ask.
+    """
     if checkpoint is not None:
-        return _named(run, checkpoint)
-    names, outcome = None, Outcome()
-    with outcome.catch():
-        names = run.candidates() if ranks.rank == 0 else None
-    ranks.raise_if_any_failed("list checkpoints", outcome)
-    return run, ranks.broadcast("share the list of checkpoints", names)
+        named, name = _named(run, checkpoint)
+        return named, iter([name])
+    return run, _found(run, ranks)
+
+
+def _found(run: Run, ranks: Ranks) -> Iterator[str]:
+    found: Iterator[str] | None = None
+    while True:
+        answer: Any = None
+        outcome = Outcome()
+        with outcome.catch():
+            if ranks.rank == 0:
+                found = iter(run.candidates()) if found is None else found
+                answer = next(found, None)
+        if outcome.error is not None:
+            answer = Failure.of(outcome.error)
+        answer = ranks.broadcast("look for checkpoints", answer)
+        if isinstance(answer, Failure):
+            raise RankFailed("look for checkpoints", {0: answer.text}) from outcome.error
+        if answer is None:
+            return
+        yield answer
 
 
 def restore_one(
@@ -125,15 +147,15 @@ def restore_one(
     )
 
 
-def _named(run: Run, checkpoint: Any) -> tuple[Run, list[str]]:
+def _named(run: Run, checkpoint: Any) -> tuple[Run, str]:
     if hasattr(checkpoint, "filesystem") and hasattr(checkpoint, "path"):
         storage, path = RetryingStorage(PyarrowStorage(checkpoint.filesystem)), str(checkpoint.path)
     elif layout.parse_name(str(checkpoint)) is not None:
-        return run, [str(checkpoint)]
+        return run, str(checkpoint)
     else:
         storage, path = resolve(str(checkpoint))
     directory, name = posixpath.split(path.rstrip("/"))
-    return DirectoryRun(storage, directory, directory), [name]
+    return DirectoryRun(storage, directory, directory), name
 
 
 def _open(run: Run, name: str, ranks: Ranks) -> OpenCheckpoint:
@@ -158,7 +180,7 @@ def _open(run: Run, name: str, ranks: Ranks) -> OpenCheckpoint:
 def _match(state: parts.State, run: Run, opened: OpenCheckpoint, world: World, ranks: Ranks) -> dict[str, Filled]:
     outcome = Outcome()
     template = parts.collect(state, ranks.rank, outcome)
-    planner = DefaultLoadPlanner()
+    planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
     with outcome.catch():
         planner.set_up_planner(template)
     ranks.raise_if_any_failed("collect the state", outcome)
@@ -231,37 +253,23 @@ def _read(
     with outcome.catch():
         for part, contents in filled.items():
             requests[part] = []
-            for key, request in _requests(opened, contents):
-                requests[part].append(request)
-                if isinstance(contents.part, RankPart):
-                    continue  # nobody else's, or wanted whole by everybody who can use it: not worth telling apart
-                (whole if is_whole(contents.tensors[key]) else shards).append(request)
+            for key, tensor in contents.tensors.items():
+                wanted = requests_of(opened.chunks[contents.sources[key]], tensor)
+                requests[part] += wanted
+                # A rank part's are nobody else's, or wanted whole by everybody who can use it: not worth telling apart.
+                if not isinstance(contents.part, RankPart):
+                    (whole if is_whole(tensor) else shards).extend(wanted)
     _agree("plan to read", ranks.failures("plan to read", outcome))
     shared = sharing.share(whole, shards, ranks)
     mine = shared.read_by(ranks.rank)
     statistics: dict[str, ReadStatistics] = {}
     with outcome.catch():
-        for part, of_part in requests.items():
-            own = [request for request in of_part if mine(request)]
-            statistics[part] = read_requests(run.storage, opened.path, own, limits)
+        own = {part: [request for request in of_part if mine(request)] for part, of_part in requests.items()}
+        statistics = read_requests(run.storage, opened.path, own, limits)
     _agree("read", ranks.failures("read", outcome))
     # Only now, when all ranks have read all of theirs: what is sent is whole, and everybody is there to receive it.
     sharing.exchange(shared, ranks)
     return statistics
-
-
-def _requests(opened: OpenCheckpoint, filled: Filled) -> list[tuple[str, Request]]:
-    """What this rank needs for one part, each with the key of the tensor it goes to."""
-    metadata = opened.metadata(filled.sources)
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(filled.tensors), metadata)
-    return [
-        (
-            item.dest_index.fqn,
-            request_of(metadata.storage_data[item.storage_index], item, planner.resolve_tensor(item).detach()),
-        )
-        for item in planner.create_local_plan().items
-    ]
 
 
 def _check_saved(part: Any, value: Any) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,8 +45,8 @@ class Run(Protocol):
         """Tell whoever counts checkpoints. Collective: all ranks call it, or none does."""
         ...
 
-    def candidates(self) -> list[str]:
-        """Names of checkpoints to resume from, newest first. Called on rank 0 alone."""
+    def candidates(self) -> Iterable[str]:
+        """Names of checkpoints to resume from, newest first; looked for as they are asked for. On rank 0 alone."""
         ...
 
     def tracked(self) -> frozenset[str] | None:
@@ -67,10 +68,12 @@ class DirectoryRun:
     def report(self, prepared: dict[str, Any]) -> None:
         """Nobody counts."""
 
-    def candidates(self) -> list[str]:
+    def candidates(self) -> Iterator[str]:
         names = [name for name in self.storage.directories(self.path) if layout.parse_name(name) is not None]
-        committed = [name for name in names if layout.MANIFEST in self.storage.sizes(posixpath.join(self.path, name))]
-        return sorted(committed, reverse=True)
+        for name in sorted(names, reverse=True):
+            # One by one: the newest is enough, as a rule, and there may be hundreds.
+            if layout.MANIFEST in self.storage.sizes(posixpath.join(self.path, name)):
+                yield name
 
     def tracked(self) -> None:
         return None

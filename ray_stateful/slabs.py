@@ -82,7 +82,7 @@ def _batches(opened: OpenCheckpoint, boxes: Iterable[tuple[str, Box]]) -> Iterat
 
 def _read(storage: Storage, opened: OpenCheckpoint, batch: list[Slab]) -> list[Slab]:
     requests = [request for slab in batch for request in _requests(opened.chunks[slab.key], slab)]
-    read_requests(storage, opened.path, requests, None)
+    read_requests(storage, opened.path, {"": requests}, None)
     return batch
 
 

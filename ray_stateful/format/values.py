@@ -63,8 +63,10 @@ def decode(text: str, where: str) -> Any:
     Raises:
         HostileCheckpoint: `text` is not what `encode` makes.
     """
+    if text in _DECODED_CONSTANTS:
+        return _DECODED_CONSTANTS[text]
     try:
-        return _decode(strict_json(text), 0)
+        return json.loads(text) if _NUMBER.fullmatch(text) else _decode(strict_json(text), 0)
     # What numpy, torch and base64 raise for an argument that is not what they take.
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise HostileCheckpoint(where, f"a value is not in the encoding of this format: {error}") from error
@@ -139,6 +141,8 @@ def _encode_torch(value: Any, key: str, depth: int) -> Any:
 
 
 _CONSTANTS = {None: "null", True: "true", False: "false"}
+_DECODED_CONSTANTS = {text: value for value, text in _CONSTANTS.items()}
+_NUMBER = re.compile(r"-?[0-9][0-9.eE+-]*")
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 _ENCODERS: dict[type, Callable[[Any, str, int], Any]] = {

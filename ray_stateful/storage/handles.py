@@ -24,8 +24,10 @@ class Handles:
         self._files: OrderedDict[str, Future[Any]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, path: str, *, fresh: bool = False) -> Any:
-        """The open file at `path`. Threads that ask at the same time wait for one of them to open it.
+    def get(self, path: str, *, fresh: bool = False) -> tuple[Any, bool]:
+        """The open file at `path`, and whether it was opened by this call.
+
+        Threads that ask at the same time wait for one of them to open it.
 
         Args:
             fresh: Open it anew, and keep that one.
@@ -41,7 +43,7 @@ class Handles:
                 while len(self._files) > self._max_handles:
                     self._files.popitem(last=False)
         if opening is not None:
-            return opening.result()
+            return opening.result(), False
         try:
             mine.set_result(self._open_file(path))
         except BaseException as error:
@@ -50,7 +52,7 @@ class Handles:
                     del self._files[path]
             mine.set_exception(error)
             raise
-        return mine.result()
+        return mine.result(), True
 
     def forget(self, path: str) -> None:
         """Open `path` anew next time: it is another file now."""

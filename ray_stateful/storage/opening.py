@@ -12,6 +12,7 @@ from __future__ import annotations
 import posixpath
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -33,6 +34,10 @@ MAX_MANIFEST_BYTES = 64 << 20
 # An index, or foreign metadata, may be as large as this and the items together, and never larger than the other.
 MIN_INDEX_LIMIT_BYTES = 64 << 20
 MAX_INDEX_BYTES = 4 << 30
+
+
+# Of the manifest and of the index, before anything is known of them: the whole, but for the largest states.
+AT_ONCE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +85,15 @@ class OpenCheckpoint:
 
 
 def fetch(storage: Storage, path: str) -> RawCheckpoint:
-    """Read what describes the checkpoint in directory `path`: three requests, whatever its size.
+    """Read what describes the checkpoint in directory `path`: three requests at a time, whatever its size.
 
     Raises:
         DamagedCheckpoint: there is no checkpoint, or a file is missing or has another size than the manifest says.
     """
-    sizes = storage.sizes(path)
+    with ThreadPoolExecutor(max_workers=3, thread_name_prefix="checkpoint-open") as pool:
+        listing = pool.submit(storage.sizes, path)
+        starts = {name: pool.submit(_start_of, storage, path, name) for name in (layout.MANIFEST, layout.INDEX)}
+    sizes = listing.result()
     if layout.MANIFEST not in sizes:
         if layout.DCP_METADATA not in sizes:
             raise DamagedCheckpoint(path, "no checkpoint: neither a manifest nor DCP metadata is there")
@@ -97,14 +105,16 @@ def fetch(storage: Storage, path: str) -> RawCheckpoint:
         )
     if sizes[layout.MANIFEST] > MAX_MANIFEST_BYTES:
         raise HostileCheckpoint(path, f"a manifest of {sizes[layout.MANIFEST]:,} bytes")
-    data = _read(storage, path, layout.MANIFEST)
+    data = _whole(storage, path, layout.MANIFEST, starts[layout.MANIFEST].result())
     manifest = Manifest.from_json(data, posixpath.join(path, layout.MANIFEST))
     for name, file in manifest.files.items():
         if sizes.get(name) != file.size:
             found = f"has {sizes[name]:,} bytes" if name in sizes else "is missing"
             raise DamagedCheckpoint(posixpath.join(path, name), f"{found}; {file.size:,} were written")
     _check_name(path, manifest)
-    return RawCheckpoint(path=path, sizes=sizes, manifest=data, index=_read_bounded(storage, path, layout.INDEX, sizes))
+    _check_bounded(path, layout.INDEX, sizes)
+    index_bytes = _whole(storage, path, layout.INDEX, starts[layout.INDEX].result())
+    return RawCheckpoint(path=path, sizes=sizes, manifest=data, index=index_bytes)
 
 
 def fetch_description(storage: Storage, path: str) -> RawCheckpoint:
@@ -207,11 +217,27 @@ def _check_name(path: str, manifest: Manifest) -> None:
         raise DamagedCheckpoint(path, f"holds another checkpoint: step {manifest.step}, attempt {manifest.attempt!r}")
 
 
+def _start_of(storage: Storage, path: str, name: str) -> bytes | None:
+    """The first bytes of a file, which mostly are all of it; `None` if there is no such file."""
+    try:
+        return storage.read(posixpath.join(path, name), 0, AT_ONCE_BYTES)
+    except FileNotFoundError:
+        return None
+
+
+def _whole(storage: Storage, path: str, name: str, start: bytes | None) -> bytes:
+    return start if start is not None and len(start) < AT_ONCE_BYTES else _read(storage, path, name)
+
+
 def _read_bounded(storage: Storage, path: str, name: str, sizes: Mapping[str, int]) -> bytes:
+    _check_bounded(path, name, sizes)
+    return _read(storage, path, name)
+
+
+def _check_bounded(path: str, name: str, sizes: Mapping[str, int]) -> None:
     others = sum(size for other, size in sizes.items() if other != name)
     if sizes[name] > min(MAX_INDEX_BYTES, MIN_INDEX_LIMIT_BYTES + others):
         raise HostileCheckpoint(posixpath.join(path, name), f"is {sizes[name]:,} bytes, for {others:,} bytes of items")
-    return _read(storage, path, name)
 
 
 def _read(storage: Storage, path: str, name: str) -> bytes:

@@ -116,11 +116,11 @@ class PyarrowStorage:
                 with self._open_file(where) as file:
                     return _read_range(file, where, offset, length)
             # A handle keeps the size that the file had; who asks for all of it wants the size it has now.
-            file = self._handles.get(where, fresh=length is None)
+            file, is_new = self._handles.get(where, fresh=length is None)
             try:
                 data = _read_range(file, where, offset, length)
-                if length is not None and len(data) < length:
-                    data = _read_range(self._handles.get(where, fresh=True), where, offset, length)
+                if length is not None and len(data) < length and not is_new:
+                    data = _read_range(self._handles.get(where, fresh=True)[0], where, offset, length)
             except OSError:
                 self._handles.forget(where)
                 raise

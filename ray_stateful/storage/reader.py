@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from ray_stateful.format import values
-from ray_stateful.format.chunks import Box
+from ray_stateful.format.chunks import Box, intersection
 from ray_stateful.format.index import StoredChunk
 from ray_stateful.storage import foreign, opening, reading
 from ray_stateful.storage.base import Storage
@@ -77,8 +79,11 @@ class CheckpointReader(StorageReader):
                 planner.load_bytes(item, self._value(self._stored[item.storage_index]))
             else:
                 tensors.append((item, planner.resolve_tensor(item).detach()))
-        requests = [request_of(self._stored[item.storage_index], item, tensor) for item, tensor in tensors]
-        self.statistics += read_requests(self._storage, self._path, requests, self._limits)
+        requests = [
+            Request(self._stored[item.storage_index], Box(tuple(item.storage_offsets), tuple(item.lengths)), tensor)
+            for item, tensor in tensors
+        ]
+        self.statistics += read_requests(self._storage, self._path, {"": requests}, self._limits)[""]
         for item, tensor in tensors:
             planner.commit_tensor(item, tensor)
         done: Future[None] = Future()
@@ -103,18 +108,46 @@ class CheckpointReader(StorageReader):
         return file
 
 
-def request_of(chunk: StoredChunk, item: ReadItem, into: torch.Tensor) -> Request:
-    """A read item of DCP's planner as a request."""
-    return Request(chunk, Box(tuple(item.storage_offsets), tuple(item.lengths)), into)
+def requests_of(chunks: Sequence[StoredChunk], tensor: Any) -> list[Request]:
+    """What fills this rank's part of `tensor`: the boxes that it shares with each stored chunk."""
+    requests = []
+    for mine, local in _local_boxes(tensor):
+        for chunk in chunks:
+            shared = intersection(mine, chunk.box)
+            if shared is None:
+                continue
+            into = local
+            for dim, (offset, size) in enumerate(zip(shared.relative_to(mine).offsets, shared.sizes, strict=True)):
+                if size != into.shape[dim]:
+                    into = into.narrow(dim, offset, size)
+            requests.append(Request(chunk, shared.relative_to(chunk.box), into))
+    return requests
+
+
+def _local_boxes(tensor: Any) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Which boxes of a tensor are on this rank, and where."""
+    if isinstance(tensor, ShardedTensor):
+        for shard in tensor.local_shards():
+            yield Box(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes)), shard.tensor.detach()
+    elif isinstance(tensor, DTensor):
+        if tensor.device_mesh.get_coordinate() is not None:
+            # As DCP's own planners ask: it knows of uneven shards, and of one dim that is sharded over two axes.
+            (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # untyped in torch
+            yield Box(tuple(chunk.offsets), tuple(chunk.sizes)), tensor.to_local().detach()
+    else:
+        yield Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor.detach()
 
 
 def read_requests(
-    storage: Storage, path: str, requests: Iterable[Request], limits: ReadLimits | None
-) -> ReadStatistics:
-    """Fill tensors from a checkpoint of either kind."""
-    ours = [request for request in requests if request.chunk.data_offset >= 0]
-    theirs = [request for request in requests if request.chunk.data_offset < 0]
-    return reading.read(storage, path, ours, limits) + foreign.read(storage, path, theirs)
+    storage: Storage, path: str, requests: Mapping[str, Sequence[Request]], limits: ReadLimits | None
+) -> dict[str, ReadStatistics]:
+    """Fill tensors from a checkpoint of either kind, all at once; what each group of requests took."""
+    ours = {name: [one for one in group if one.chunk.data_offset >= 0] for name, group in requests.items()}
+    statistics = reading.read(storage, path, ours, limits)
+    for name, group in requests.items():
+        theirs = [request for request in group if request.chunk.data_offset < 0]
+        statistics[name] += foreign.read(storage, path, theirs)
+    return statistics
 
 
 def value_of(storage: Storage, path: str, chunk: StoredChunk) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -49,24 +49,23 @@ class ReadStatistics:
         )
 
 
-def read(storage: Storage, path: str, requests: Iterable[Request], limits: ReadLimits | None = None) -> ReadStatistics:
-    """Fill the tensors of `requests` from the checkpoint in directory `path`.
+def read(
+    storage: Storage, path: str, groups: Mapping[str, Sequence[Request]], limits: ReadLimits | None = None
+) -> dict[str, ReadStatistics]:
+    """Fill the tensors of all requests from the checkpoint in directory `path`; what each group of them took.
 
     Raises:
         DamagedCheckpoint: bytes are missing, or not those that were written. Tensors may be filled in part by then,
             with bytes that were checked.
     """
     limits = limits or ReadLimits()
-    requests = list(requests)
-    pieces = [
-        piece
-        for number, request in enumerate(requests)
-        for piece in pieces_of(request.chunk, request.box, number, limits)
-    ]
-    fetches = fetches_of(pieces, limits)
-    targets = [request.into.detach() for request in requests]
+    plans = {name: _planned(requests, limits) for name, requests in groups.items()}
     with ThreadPoolExecutor(max_workers=limits.num_threads, thread_name_prefix="checkpoint-read") as pool:
-        jobs = [pool.submit(_fetch, storage, path, fetch, targets) for fetch in fetches]
+        jobs = [
+            pool.submit(_fetch, storage, path, fetch, targets)
+            for fetches, targets in plans.values()
+            for fetch in fetches
+        ]
         try:
             for job in jobs:
                 job.result()
@@ -74,11 +73,23 @@ def read(storage: Storage, path: str, requests: Iterable[Request], limits: ReadL
             # Nothing more is worth reading: the checkpoint is damaged, or storage is out of reach.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return ReadStatistics(
-        bytes_read=sum(fetch.stop - fetch.start for fetch in fetches),
-        bytes_wanted=sum(target.numel() * target.element_size() for target in targets),
-        num_requests=len(fetches),
-    )
+    return {
+        name: ReadStatistics(
+            bytes_read=sum(fetch.stop - fetch.start for fetch in fetches),
+            bytes_wanted=sum(target.numel() * target.element_size() for target in targets),
+            num_requests=len(fetches),
+        )
+        for name, (fetches, targets) in plans.items()
+    }
+
+
+def _planned(requests: Sequence[Request], limits: ReadLimits) -> tuple[list[Fetch], list[torch.Tensor]]:
+    pieces = [
+        piece
+        for number, request in enumerate(requests)
+        for piece in pieces_of(request.chunk, request.box, number, limits)
+    ]
+    return fetches_of(pieces, limits), [request.into.detach() for request in requests]
 
 
 def read_exactly(storage: Storage, path: str, file: str, start: int, stop: int) -> bytes:

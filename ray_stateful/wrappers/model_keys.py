@@ -71,9 +71,10 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def head_and_name(model: nn.Module) -> tuple[nn.Parameter, str] | tuple[None, None]:
     """The output head's parameter and its canonical name; `(None, None)` without a head."""
-    for name, parameter in named_parameters(model):
-        if _is_head(name):
-            return parameter, name
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        # A name that has it nowhere does not come to have it by losing its wrappers.
+        if "lm_head" in name and _is_head(canonical := canonical_name(model, name)):
+            return parameter, canonical
     return None, None
 
 
@@ -160,6 +161,8 @@ def part_prefixes(parts: Sequence[nn.Module]) -> list[str]:
     Stages of a pipeline keep the names of the whole model, so they share one name space, and may be cut
     differently when they are loaded. Parts that were built apart (`0.weight` twice) would overwrite each other.
     """
+    if len(parts) == 1:
+        return [""]
     owners: dict[str, torch.Tensor] = {}
     for part in parts:
         own = dict(named_parameters(part))

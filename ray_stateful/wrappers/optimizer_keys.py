@@ -65,7 +65,8 @@ def split(
     unknown: list[str] = []
     for key in keys:
         kind, _, rest = key.partition(".")
-        # Parameter names contain dots and so may names of nested state; but no parameter lies inside another.
+        # Parameter names contain dots and so may names of nested state; but no parameter lies inside another. From the
+        # end, where it mostly is.
         owner = next((rest[:dot] for dot in _dots(rest) if rest[:dot] in parameters), None)
         if kind not in found or owner is None:
             unknown.append(key)
@@ -75,10 +76,10 @@ def split(
 
 
 def _dots(text: str) -> Iterator[int]:
-    dot = text.find(".")
+    dot = text.rfind(".")
     while dot != -1:
         yield dot
-        dot = text.find(".", dot + 1)
+        dot = text.rfind(".", 0, dot)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def save_with_fault(root, phase, bad_rank):
         first = None
     except (SaveFailed, ReportFailed) as error:
         first = error
-    committed = DirectoryRun(storage, root, root).candidates()
+    committed = list(DirectoryRun(storage, root, root).candidates())
     run.phase, run.storage = "", storage
     second = checkpoint.save({"part": Shards(2)}, step=2, run=run, timeout_s=20)
     fresh = Shards(0)
@@ -161,7 +161,7 @@ def damaged_reads(root):
     run = DirectoryRun(storage, root, root)
     for step in (1, 2):
         checkpoint.save({"part": Shards(step)}, step=step, run=run, timeout_s=20)
-    newest = run.candidates()[0]
+    newest = next(iter(run.candidates()))
     results = []
     for fault in (
         Flip("read", path=f"{newest}/__", rank=1, byte=100),

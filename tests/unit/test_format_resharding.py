@@ -103,7 +103,7 @@ def test_any_box_of_any_grid_is_read_bit_for_bit(tmp_path_factory, case, limits,
         into = torch.zeros(box.sizes, dtype=getattr(torch, dtype))
         requests = list(requests_for(rows, box, into))
 
-        statistics = read(LocalStorage(), str(directory), requests, limits)
+        statistics = read(LocalStorage(), str(directory), {"part": requests}, limits)["part"]
 
         wanted = elements[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))].tobytes()
         assert into.reshape(-1).view(torch.uint8).numpy().tobytes() == wanted
@@ -148,4 +148,4 @@ def test_a_flipped_bit_of_any_chunk_is_found_by_whoever_reads_it(tmp_path_factor
     into = torch.zeros(shape, dtype=getattr(torch, dtype))
 
     with pytest.raises(DamagedCheckpoint, match="not what was written"):
-        read(LocalStorage(), str(directory), list(requests_for(rows, Box((0,) * len(shape), shape), into)))
+        read(LocalStorage(), str(directory), {"part": list(requests_for(rows, Box((0,) * len(shape), shape), into))})

@@ -63,7 +63,7 @@ def test_a_shard_is_read_without_the_rest_of_its_chunk(tmp_path):
     eighth = chunk.box.__class__((256, 0), (128, 1024))
     into = torch.empty(128, 1024)
 
-    statistics = read(storage, path, [Request(chunk, eighth, into)])
+    statistics = read(storage, path, {"part": [Request(chunk, eighth, into)]})["part"]
 
     assert torch.equal(into, torch.arange(1 << 20, dtype=torch.float32).reshape(1024, 1024)[256:384])
     assert statistics.bytes_read <= 1.02 * into.nbytes

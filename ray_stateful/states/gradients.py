@@ -40,13 +40,15 @@ def accumulate(model: nn.Module, batch: MicroBatches[T]) -> Iterator[T]:
 
 
 def _hold_back(model: nn.Module, unsynced: ExitStack) -> None:
-    for name, module in model.named_modules():
+    # FSDP1 allows it on a root only, which takes those below along. The model itself need not be one.
+    below_fsdp1: set[nn.Module] = set()
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             # Each for itself: the outermost one may be below a module that is not sharded.
             module.set_requires_gradient_sync(False, recurse=False)
             unsynced.callback(module.set_requires_gradient_sync, True, recurse=False)
         elif isinstance(module, DistributedDataParallel):
             unsynced.enter_context(module.no_sync())
-        elif isinstance(module, FullyShardedDataParallel) and not name:
-            # FSDP1 allows it on the root only, which takes the others along.
+        elif isinstance(module, FullyShardedDataParallel) and module not in below_fsdp1:
             unsynced.enter_context(module.no_sync())
+            below_fsdp1.update(module.modules())

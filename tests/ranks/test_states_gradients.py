@@ -1,10 +1,11 @@
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +28,8 @@ def wrap(kind):
         return DistributedDataParallel(build())
     if kind == "ddp inside":
         return nn.Sequential(DistributedDataParallel(build()))
+    if kind.startswith("fsdp1"):
+        return wrap_fsdp1(kind)
     model = build()
     fully_shard(model[0])
     if kind == "fsdp below an unsharded root":
@@ -34,6 +37,16 @@ def wrap(kind):
         fully_shard(model[2])
         return model
     return fully_shard(model)
+
+
+def wrap_fsdp1(kind):
+    # FSDP1 announces its end; people have it all the same.
+    warnings.simplefilter("ignore")
+    options = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    model = build()
+    model[0] = FullyShardedDataParallel(model[0], **options)
+    model = FullyShardedDataParallel(model, **options)
+    return torch.compile(nn.Sequential(model), backend="eager") if kind == "fsdp1 inside" else model
 
 
 class Reductions(TorchDispatchMode):
@@ -56,6 +69,9 @@ def one_step(model, micros):
 
 
 def gradients(model):
+    if FullyShardedDataParallel.fsdp_modules(model):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return [p.grad.clone() for p in model.parameters()]
     grads = [p.grad for p in model.parameters()]
     return [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
 
@@ -77,7 +93,7 @@ def count_reductions(kind):
     return len(batch), counts["held back"], counts["every time"], once
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp inside", "fsdp", "fsdp below an unsharded root"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp inside", "fsdp", "fsdp below an unsharded root", "fsdp1", "fsdp1 inside"])
 def test_gradients_are_reduced_with_the_last_micro_batch_only_and_are_the_exact_mean(kind):
     outcomes = run_ranks(3, count_reductions, kind)
 

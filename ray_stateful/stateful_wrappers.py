@@ -43,5 +43,8 @@ def _add_outer_prefix(
 
 
 def _get_lm_head_weight_and_name(model: nn.Module) -> tuple[nn.Parameter, str] | tuple[None, None]:
-    """The output head's parameter and its canonical name, tied or not; `(None, None)` without a head."""
+    """The output head's parameter and its canonical name, tied or not; `(None, None)` without a head.
+
+    FSDP1 with `use_orig_params=False` leaves no parameter but flat ones: there is no head to be had there.
+    """
     return model_keys.head_and_name(model)

@@ -16,8 +16,9 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
+from ray_stateful import checkpoint
 from ray_stateful.errors import UnsupportedState
-from ray_stateful.stateful_wrappers import ModelState, OptimizerState
+from ray_stateful.stateful_wrappers import ModelState, OptimizerState, _get_lm_head_weight_and_name
 from ray_stateful.testing import run_ranks
 from tests.ranks import peft_models
 from tests.ranks.wrapper_models import WRAPPINGS, Tied, assert_same, fsdp2, leaves, train
@@ -120,6 +121,23 @@ def keys_with_empty_shards() -> list[str]:
 
 def test_ranks_with_empty_shards_do_not_take_the_head_for_tied():
     assert run_ranks(3, keys_with_empty_shards) == [["embed_tokens.weight", "lm_head.weight"]] * 3
+
+
+def heads() -> dict[str, list[str | None]]:
+    warnings.simplefilter("ignore")
+    found: dict[str, list[str | None]] = {}
+    for wrapping, wrap in WRAPPINGS.items():
+        for tied in (True, False):
+            model = wrap(Tied(tied=tied))
+            head, name = _get_lm_head_weight_and_name(model)
+            assert head is None or any(head is parameter for parameter in model.parameters())
+            found.setdefault(wrapping, []).append(name)
+    return found
+
+
+def test_the_head_is_found_under_every_wrapping_that_leaves_it_a_parameter_tied_or_not():
+    expected: dict[str, list[str | None]] = dict.fromkeys(WRAPPINGS, ["lm_head.weight"] * 2)
+    assert passed(run_ranks(2, heads)) == [{**expected, "fsdp1_flat": [None, None]}] * 2
 
 
 def stock_states() -> None:
@@ -350,9 +368,32 @@ def adapter(directory: str, wrapping: str) -> int:
     return len(state)
 
 
-@pytest.mark.parametrize("wrapping", ["ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp1", "fsdp2", "compiled"])
 def test_an_adapter_is_whole_on_rank_0_and_loading_broadcasts_it(wrapping, tmp_path):
     assert passed(run_ranks(2, adapter, str(tmp_path), wrapping)) == [5, 0]
+
+
+def save_adapter(run: str) -> dict[str, Any]:
+    logging.disable(logging.INFO)
+    model = peft_models.build("score", 1)
+    peft_models.nudge(model)
+    part = ModelState(fsdp2(model), is_peft=True)
+    checkpoint.save({"adapter": part}, step=1, run=run)
+    return part.state_dict()
+
+
+def restore_adapter(run: str, expected: dict[str, Any]) -> str:
+    logging.disable(logging.INFO)
+    part = ModelState(fsdp2(peft_models.build("score", 2)), is_peft=True)
+    report = checkpoint.restore({"adapter": part}, run=run)
+    assert_same(part.state_dict(), expected if dist.get_rank() == 0 else {})
+    return str(report)
+
+
+def test_an_adapter_that_one_rank_holds_is_saved_and_restored_by_any_number_of_ranks(tmp_path):
+    expected = passed(run_ranks(2, save_adapter, str(tmp_path)))[0]
+    for report in passed(run_ranks(3, restore_adapter, str(tmp_path), expected)):
+        assert f"{len(expected)} tensors; adapter" in report
 
 
 def untied_from_tied() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -26,6 +27,33 @@ head_and_name = stateful_wrappers._get_lm_head_weight_and_name
 
 def test_the_prefix_is_upstreams():
     assert stateful_wrappers._PREFIX == "model."
+
+
+# Name and default of each parameter of upstream's module, in its order: callers pass them by position too.
+UPSTREAM = {
+    "_drop_outer_prefix": [("sd",), ("prefix", "model.")],
+    "_add_outer_prefix": [("sd",), ("prefix", "model."), ("skip_keys", [])],
+    "_get_lm_head_weight_and_name": [("model",)],
+    "ModelState": [("model",), ("is_peft", False), ("is_init_step", False), ("skip_task_head_prefixes", None)],
+    "ModelState.state_dict": [("self",)],
+    "ModelState.load_state_dict": [("self",), ("state_dict",)],
+    "OptimizerState": [("model",), ("optimizer",), ("scheduler", None), ("is_peft", False)],
+    "OptimizerState.state_dict": [("self",)],
+    "OptimizerState.load_state_dict": [("self",), ("state_dict",)],
+}
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_a_call_that_upstreams_signature_allows_means_the_same_here(name):
+    owner, _, method = name.partition(".")
+    found = getattr(stateful_wrappers, owner)
+    parameters = inspect.signature(getattr(found, method) if method else found).parameters.values()
+    ours = [(p.name,) if p.default is p.empty else (p.name, p.default) for p in parameters]
+
+    assert ours[: len(UPSTREAM[name])] == UPSTREAM[name]
+    # What is ours comes after, and can be left out.
+    assert all(len(extra) == 2 for extra in ours[len(UPSTREAM[name]) :])
+    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 def test_drop_strips_once_and_only_from_keys_that_start_with_the_prefix():

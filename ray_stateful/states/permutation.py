@@ -67,13 +67,15 @@ class Permutation:
         for left_key, right_key in self._keys:
             left = left ^ (_mix(right ^ left_key) & self._left_mask)
             right = right ^ (_mix(left ^ right_key) & self._right_mask)
-        return (left << self._right_bits) | right
+        joined: npt.NDArray[np.uint64] = (left << self._right_bits) | right
+        return joined
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * _MULTIPLY_1
     values = (values ^ (values >> np.uint64(27))) * _MULTIPLY_2
-    return values ^ (values >> np.uint64(31))
+    mixed: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+    return mixed
 
 
 def _round_keys(seed: int, epoch: int) -> list[tuple[np.uint64, np.uint64]]:

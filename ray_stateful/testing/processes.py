@@ -134,7 +134,8 @@ def _rank_main(
         )
         outcome = function(*args)
     except BaseException as error:  # noqa: BLE001 - an outcome like any other: the test looks at it
-        error.add_note("".join(traceback.format_exception(error))) if sys.version_info >= (3, 11) else None
+        if sys.version_info >= (3, 11):
+            error.add_note("".join(traceback.format_exception(error)))
         outcome = error
     connection.send_bytes(_pickled(outcome))
     # Without the farewells of the group's destructor: a rank whose peers are gone would wait for them.

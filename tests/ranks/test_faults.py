@@ -17,6 +17,7 @@ from ray_stateful.errors import (
     ReportFailed,
     SaveFailed,
     StateMismatch,
+    UnevenSteps,
     UnsupportedState,
 )
 from ray_stateful.runs import DirectoryRun
@@ -223,6 +224,18 @@ def test_a_value_that_differs_between_ranks_is_refused_by_name_instead_of_keepin
 
     assert [SaveFailed] * 2 == [type(outcome) for outcome in outcomes]
     assert all("part.seen" in str(outcome) for outcome in outcomes)
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+def save_different_steps(root):
+    checkpoint.save({"part": Shards(1)}, step=7 + dist.get_rank(), run=root, timeout_s=20)
+
+
+def test_a_save_of_different_steps_is_an_error_with_both_numbers_on_every_rank(tmp_path):
+    outcomes = run_ranks(2, save_different_steps, str(tmp_path))
+
+    assert [UnevenSteps] * 2 == [type(outcome) for outcome in outcomes]
+    assert all("rank 0 at step 7, rank 1 at step 8" in str(outcome) for outcome in outcomes)
     assert list(Path(tmp_path).iterdir()) == []
 
 

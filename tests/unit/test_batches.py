@@ -129,14 +129,17 @@ def test_drop_last_leaves_out_what_does_not_fill_a_batch_and_nothing_else():
 @given(
     length=st.integers(1, 120),
     global_batch_size=st.integers(1, 40),
+    drop_last=st.booleans(),
     lives=st.lists(
         st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(0, 12), st.integers(0, 12)), min_size=2, max_size=6
     ),
 )
 def test_killed_at_any_step_and_resumed_by_any_world_no_sample_is_missed_or_trained_twice(
-    length, global_batch_size, lives
+    length, global_batch_size, drop_last, lives
 ):
     """A life: workers, micro-batch size, steps up to its save, steps after it that are lost with the kill."""
+    drop_last = drop_last and global_batch_size <= length
+    epoch_size = length - length % global_batch_size if drop_last else length
     saved, trained = None, []
     for world_size, micro_batch_size, num_saved, num_lost in lives:
         samplers = world_of(
@@ -145,6 +148,7 @@ def test_killed_at_any_step_and_resumed_by_any_world_no_sample_is_missed_or_trai
             saved=saved,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
+            drop_last=drop_last,
             seed=3,
         )
         trained += run_steps(samplers, num_saved)
@@ -152,11 +156,12 @@ def test_killed_at_any_step_and_resumed_by_any_world_no_sample_is_missed_or_trai
         saved = samplers[0].state_dict()
         run_steps(samplers, num_lost)
 
-    assert trained == run_steps(world_of(1, length, global_batch_size=global_batch_size, seed=3), len(trained))
+    alone = world_of(1, length, global_batch_size=global_batch_size, drop_last=drop_last, seed=3)
+    assert trained == run_steps(alone, len(trained))
     counts = Counter((epoch, sample) for epoch, samples in trained for sample in samples)
     assert set(counts.values()) <= {1}
     for epoch in range(saved["epoch"]):
-        assert sum(e == epoch for e, _ in counts) == length
+        assert sum(e == epoch for e, _ in counts) == epoch_size
     assert saved["samples"] == len(counts)
 
 

@@ -22,9 +22,9 @@ class Noise(Dataset):
         return torch.rand(())
 
 
-def sampler(rank=0, world_size=1, saved=None):
+def sampler(rank=0, world_size=1, saved=None, **options):
     batches = GlobalBatchSampler(
-        LENGTH, global_batch_size=16, micro_batch_size=3, seed=9, rank=rank, world_size=world_size
+        LENGTH, global_batch_size=16, micro_batch_size=3, seed=9, rank=rank, world_size=world_size, **options
     )
     if saved is not None:
         batches.load_state_dict(saved)
@@ -63,9 +63,10 @@ def test_a_data_loader_that_prefetches_neither_loses_nor_repeats_a_sample_over_a
     assert (ended["epoch"], ended["position"]) == (1, 0)
 
 
-def test_the_length_of_the_view_is_the_number_of_micro_batches_left():
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_length_of_the_view_is_the_number_of_micro_batches_left(drop_last):
     for world_size in (1, 3, 20):
-        batches = sampler(0, world_size)
+        batches = sampler(0, world_size, drop_last=drop_last)
         while batches.epoch == 0:
             view = batches.micro_batches()
             assert len(view) == sum(1 for _ in view) == len(loader_of(batches, 0))

@@ -108,17 +108,19 @@ def test_a_save_is_due_when_its_seconds_have_passed_and_not_before(tmp_path):
         assert steps_saved(run) == expected
 
 
-@pytest.mark.parametrize(("seconds_left", "expected"), [(60.0, [1, 10]), (0.0, [1])])
+# A minute is left. What the last save took is what tells whether that is enough.
+@pytest.mark.parametrize(("last_save_s", "expected"), [(30.0, [1, 10]), (50.0, [1])])
 def test_a_preemption_leads_to_one_save_and_to_none_that_could_not_be_finished(
-    tmp_path, monkeypatch, seconds_left, expected
+    tmp_path, monkeypatch, caplog, last_save_s, expected
 ):
     # Ray's word of a drained node, which tests/ray/test_preemption.py gets from a real one.
-    coming = ray_train.Preemption(time.time() + seconds_left, (0,))
+    coming = ray_train.Preemption(time.time() + 60.0, (0,))
     monkeypatch.setattr(ray_train, "preemption", lambda: coming)
     saver = Checkpointer({"progress": Progress()}, at_end=False, run=str(tmp_path))
     saver.step_count = 1
-    saver.save()  # so that it is known how long one takes
-    saver._preemption_saved = None
+    saver.save()
+    saver._preemption_saved, saver._save_s = None, last_save_s
     for _ in range(29):
         saver.step()
     assert steps_saved(tmp_path) == expected
+    assert ("so none is begun" in caplog.text) == (expected == [1])

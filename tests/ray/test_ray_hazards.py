@@ -6,6 +6,7 @@ Each naive half is here so that it is noticed when a new Ray no longer does it; 
 from __future__ import annotations
 
 import json
+import logging.handlers
 import os
 import threading
 from pathlib import Path
@@ -16,10 +17,12 @@ import ray.train
 import torch
 from pyarrow.fs import LocalFileSystem
 from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.train_fn_utils import set_train_fn_utils
 
 from ray_stateful import ray_train
-from ray_stateful.errors import ReportFailed, StorageError
+from ray_stateful.checkpoint import restore, save
+from ray_stateful.errors import ReportFailed, SaveFailed, StorageError
 from ray_stateful.format.layout import MANIFEST
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage.pyarrow import PyarrowStorage
@@ -169,6 +172,44 @@ def test_a_name_used_twice_costs_the_live_checkpoint_and_a_deletion_by_others_co
     assert (tmp_path / "deleted_while_it_was_the_newest").exists()
 
 
+# --- a save that fails ----------------------------------------------------------------------------------------------
+
+
+class _Value:
+    """A part that is one value, and cannot say which on a rank that is named."""
+
+    def __init__(self, value, bad_rank=None):
+        self.value, self.bad_rank = value, bad_rank
+
+    def state_dict(self):
+        if self.bad_rank == ray.train.get_context().get_world_rank():
+            raise RuntimeError("this rank has lost its value")
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict):
+        self.value = state_dict["value"]
+
+
+def _fail_to_save(config):
+    save({"value": _Value(1, bad_rank=1)}, step=1, timeout_s=30)
+
+
+def test_a_failed_save_reaches_the_driver_as_what_it_is_from_every_rank(fit, tmp_path):
+    with pytest.raises(ray.train.WorkerGroupError) as failed:
+        fit(_fail_to_save, trainer=TorchTrainer)
+
+    errors = failed.value.worker_failures
+    assert {rank: type(_cause(error)) for rank, error in errors.items()} == {0: SaveFailed, 1: SaveFailed}
+    assert {rank: list(_cause(error).causes) for rank, error in errors.items()} == {0: [1], 1: [1]}
+    assert "this rank has lost its value" in str(_cause(errors[0]))
+    assert list((tmp_path / "run").glob("checkpoint_s*")) == []
+
+
+def _cause(error):
+    # Ray puts it into one of its own, which keeps the traceback.
+    return getattr(error, "_base_exc", error)
+
+
 # --- our run ---------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +234,8 @@ def _ours(config):
 
 def _ours_again(config):
     rank = ray.train.get_context().get_world_rank()
-    run = ray_train.current_run()
+    run, said = ray_train.current_run(), logging.handlers.BufferingHandler(100)
+    ray_train.logger.addHandler(said)
     candidates, tracked = run.candidates(), run.tracked()
     # R2, on both ranks: the directory is not this run's.
     with pytest.raises(ReportFailed, match="outside the experiment") as failed:
@@ -202,7 +244,8 @@ def _ours_again(config):
     done = []
     thread = _starts(lambda: done.append(_refusal(ray_train.current_run())))
     assert thread.wait(SOON_S)
-    return {"candidates": candidates, "tracked": sorted(tracked), "second": done[0]}
+    said = [record.getMessage() for record in said.buffer if record.levelno >= logging.INFO]
+    return {"candidates": candidates, "tracked": sorted(tracked), "second": done[0], "said": said}
 
 
 def _refusal(run):
@@ -238,16 +281,21 @@ def test_a_run_reports_survives_its_metrics_and_finds_its_checkpoints_again(fit,
     assert again["candidates"] == ["checkpoint_s0000000040_bbbbbb", names[2], names[1]]
     assert again["tracked"] == names[1:]
     assert "earlier report of this worker failed" in again["second"]
+    # R15: a name that was used before by mistake is resumed, too, and nothing else would say why.
+    assert any("a run of this name has been here before" in said and str(run_path) in said for said in again["said"])
 
 
 def _in_local_mode(config):
-    run = ray_train.current_run()
-    before = run.candidates()
-    name = "checkpoint_s0000000003_abcdef"
-    prepared = run.prepare_report({"loss": np.float32(2)}, name)
-    _write_checkpoint(run.path, name)
-    run.report(prepared)
-    return {"before": before, "after": run.candidates(), "path": run.path, "preemption": ray_train.preemption()}
+    before = restore({"value": _Value(0)})
+    saved = save({"value": _Value(7)}, {"loss": np.float32(2)}, step=3)
+    fresh = _Value(0)
+    restored = restore({"value": fresh})
+    return {
+        "before": before,
+        "saved": saved.uri,
+        "restored": (restored.step, fresh.value),
+        "preemption": ray_train.preemption(),
+    }
 
 
 def test_local_mode_saves_to_a_directory_that_the_log_names_and_finds_it_again(fit, tmp_path, monkeypatch, caplog):
@@ -255,14 +303,11 @@ def test_local_mode_saves_to_a_directory_that_the_log_names_and_finds_it_again(f
     path = str(tmp_path / "ray_results" / "run")
     try:
         result = fit(_in_local_mode, num_workers=0)
-        assert result.return_value == {
-            "before": [],
-            "after": ["checkpoint_s0000000003_abcdef"],
-            "path": path,
-            "preemption": None,
-        }
+        saved = result.return_value.pop("saved")
+        assert result.return_value == {"before": None, "restored": (3, 7), "preemption": None}
+        assert saved.startswith(f"{path}/checkpoint_s0000000003_")
         assert result.metrics == {"loss": 2.0}
-        assert result.checkpoint.path == f"{path}/checkpoint_s0000000003_abcdef"
+        assert result.checkpoint.path == saved
         assert path in caplog.text
     finally:
         # Ray leaves this process a worker of that run.

@@ -28,7 +28,7 @@ class OptimizerState(StrictPart):
 
     Args:
         model: The module or modules whose parameters are optimized, wrapped as in `ModelState`.
-        optimizer: One optimizer, or several with parameters of their own.
+        optimizer: One optimizer, or several with parameters of their own; with FSDP1, one for each module.
         scheduler: Anything with `state_dict` and `load_state_dict`, or several of them: those are `sched.<i>`.
         is_peft: Accepted for upstream's callers and without effect: frozen parameters have no state to begin with.
         cpu_offload: Tensors are copied to host memory; they do not alias the optimizer's then.
@@ -135,9 +135,10 @@ def _under(name: str, keys: Set[str]) -> list[str]:
 def _bound(parts: list[nn.Module], optimizers: list[Optimizer]) -> list[BoundOptimizer | Fsdp1Optimizer]:
     if not any(FullyShardedDataParallel.fsdp_modules(part) for part in parts):
         return [BoundOptimizer(optimizer) for optimizer in optimizers]
-    if len(parts) not in (1, len(optimizers)):
+    if len(parts) != len(optimizers):
+        # torch names the flat parameters of an optimizer over all of a module, and of no other.
         raise ValueError(
-            f"{len(optimizers)} optimizers for {len(parts)} FSDP1 modules: give each module an optimizer of its own"
+            f"{len(optimizers)} optimizers for {len(parts)} FSDP1 modules: give each module one optimizer, over all "
+            "its parameters (groups of it may differ), or wrap the model with fully_shard"
         )
-    models = parts * len(optimizers) if len(parts) == 1 else parts
-    return [Fsdp1Optimizer(model, optimizer) for model, optimizer in zip(models, optimizers, strict=True)]
+    return [Fsdp1Optimizer(model, optimizer) for model, optimizer in zip(parts, optimizers, strict=True)]

@@ -161,6 +161,37 @@ def test_the_dense_state_is_stocks_sharded_one_and_whole_tensors_load_too():
     passed(run_ranks(2, stock_states))
 
 
+def two_optimizers(directory: str, wrapping: str) -> str:
+    warnings.simplefilter("ignore")
+    states = []
+    for seed in (1, 2):
+        model = WRAPPINGS[wrapping](Tied(seed=seed))
+        blocks = [p for name, p in model.named_parameters() if "blocks" in name]
+        rest = [p for name, p in model.named_parameters() if "blocks" not in name]
+        optimizers = [torch.optim.AdamW(blocks), torch.optim.SGD(rest, lr=0.1, momentum=0.9)]
+        try:
+            states.append({"optimizer": OptimizerState(model, optimizers)})
+        except ValueError as error:
+            return str(error)
+        if seed == 1:
+            for optimizer in optimizers:
+                train(model, optimizer, num_steps=1)
+    saved, fresh = states
+    dcp.save(saved, checkpoint_id=directory)
+    dcp.load(fresh, checkpoint_id=directory)
+    assert_same(values(fresh), values(saved))
+    return "came back"
+
+
+@pytest.mark.parametrize(
+    ("wrapping", "outcome"),
+    [("fsdp2", "came back"), ("fsdp1", "2 optimizers for 1 FSDP1 modules: give each module one optimizer")],
+)
+def test_two_optimizers_of_one_sharded_model_come_back_or_are_refused_at_once(wrapping, outcome, tmp_path):
+    for found in passed(run_ranks(2, two_optimizers, str(tmp_path), wrapping)):
+        assert found.startswith(outcome)
+
+
 class Expert(Tied):
     def __init__(self, seed: int) -> None:
         super().__init__(seed=seed)

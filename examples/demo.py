@@ -132,21 +132,26 @@ class Training:
             )
 
     def wait_until(self, what: str, happened: Callable[[Attempt], bool], timeout_s: float = 120.0) -> Attempt:
-        """Wait until `happened` is true of the latest group of workers. The process must live until then."""
+        """Wait until `happened` is true of the latest group of workers. The process must live until then.
+
+        `timeout_s` is for how long nothing may happen: a machine that others use too takes many times as long for all
+        steps, and is not stuck.
+        """
         assert self.process is not None
-        deadline = time.monotonic() + timeout_s
+        stood: tuple[int, int] | None = None
         while True:
             # Asked before the notes are read: those of a process that has ended are complete.
             ended = self.process.poll() is not None
             attempts = self.attempts()
             self.screen.show(self.name, attempts)
+            stands = (len(attempts), attempts[-1].last_step if attempts else 0)
+            if stands != stood:
+                stood, deadline = stands, time.monotonic() + timeout_s
             if attempts and happened(attempts[-1]):
                 return attempts[-1]
             if ended or time.monotonic() > deadline:
-                when = "before" if ended else f"{timeout_s:.0f} s without"
-                raise DemoFailed(
-                    f"the {self.name} run {'ended ' if ended else 'went '}{when} {what}:\n{self._last_words()}"
-                )
+                how = "ended" if ended else f"stood still for {timeout_s:.0f} s"
+                raise DemoFailed(f"the {self.name} run {how} before {what}:\n{self._last_words()}")
             time.sleep(0.05)  # files have no news to wait for
 
     def wait_until_done(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +161,29 @@ def test_losses_apart_by_more_than_rounding_fail_the_demo(tmp_path):
     same.steps[5].samples[0] = 0
     with pytest.raises(demo.DemoFailed, match="step 5 trained on other samples"):
         demo.judge(plan, elastic, [same], tmp_path / "samples.png")
+
+
+def test_a_slow_run_is_waited_for_as_long_as_it_moves_and_no_longer(tmp_path, monkeypatch):
+    seconds = iter(range(10_000))
+    monkeypatch.setattr(demo.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(demo.time, "sleep", lambda seconds: None)
+    (tmp_path / "slow.log").write_text("what it said last")
+    journal = Journal(tmp_path / "slow.history")
+    journal.began(0, None)
+    steps = iter(range(1, 31))
+
+    def another_step(name, attempts):
+        step = next(steps, None)
+        if step is not None:
+            journal.trained(step, 5.0, [step])
+
+    training = demo.Training("slow", tmp_path, demo.SHORT, SimpleNamespace(show=another_step), {})
+    training.process = SimpleNamespace(poll=lambda: None)
+
+    reached = training.wait_until("step 30", lambda attempt: attempt.last_step == 30, timeout_s=5.0)
+    assert reached.last_step == 30
+    with pytest.raises(demo.DemoFailed, match=r"stood still for 5 s before step 31:\nwhat it said last"):
+        training.wait_until("step 31", lambda attempt: attempt.last_step == 31, timeout_s=5.0)
 
 
 def test_a_picture_needs_no_interruption(tmp_path):

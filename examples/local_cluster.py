@@ -40,9 +40,9 @@ class LocalCluster:
         from ray.cluster_utils import Cluster
 
         self._ray = ray
-        self._cluster: Any = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": num_workers, "include_dashboard": False}
-        )
+        # Ray takes port 8265 also without a dashboard, and complains where another Ray has it. None: any that is free.
+        head = {"num_cpus": num_workers, "include_dashboard": False, "dashboard_port": None}
+        self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
         self.environment = {**os.environ, "RAY_ADDRESS": self._cluster.address, "PYTHONUNBUFFERED": "1"}
 
     def add_machine(self) -> None:

@@ -45,7 +45,9 @@ def cluster() -> Iterator[Cluster]:
         for name, value in _ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 16, "include_dashboard": False})
+        # Without a port to look for, Ray takes a free one; its default is another Ray's on the same machine.
+        head = {"num_cpus": 16, "include_dashboard": False, "dashboard_port": None}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=cluster.address, log_to_driver=bool(os.environ.get("RAY_TEST_LOGS")), logging_level="ERROR")
         yield cluster
         ray.shutdown()

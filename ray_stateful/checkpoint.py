@@ -77,7 +77,7 @@ def save(
         timeout_s: How long this rank waits for the others in any one step.
 
     Raises:
-        UnsupportedState, ValueError: the state is not one, on the ranks where it is not; before anything is written.
+        UnsupportedState: the state of some rank is not one; on every rank, before anything is written.
         UnevenSteps: on every rank, before anything is written.
         SaveFailed: on every rank; nothing was committed, and the next save can succeed.
         ReportFailed: on every rank; the checkpoint is committed, but Ray does not know of it.
@@ -109,14 +109,16 @@ class Saving:
         num_files: int = DEFAULT_NUM_FILES,
         plans: PlanCache | None = None,
     ) -> None:
-        parts.check(state)
-        if not 0 <= step <= MAX_STEP:
-            raise ValueError(f"step is {step}; a checkpoint's name has room for 0 to {MAX_STEP:,}")
+        self._outcome = Outcome()
+        # Kept, as an error of this rank alone would leave the others waiting for it.
+        with self._outcome.catch():
+            parts.check(state)
+            if not 0 <= step <= MAX_STEP:
+                raise ValueError(f"step is {step}; a checkpoint's name has room for 0 to {MAX_STEP:,}")
         self._state, self._metrics, self._run = state, dict(metrics or {}), run
         self._step, self._samples, self._num_files = step, samples, num_files
         self._plans = plans or PlanCache()
         self._planner = BalancedSavePlanner()
-        self._outcome = Outcome()
         self._began = time.monotonic()
         self._name, self._num_bytes, self._prepared = "", 0, None
 
@@ -125,8 +127,9 @@ class Saving:
 
         Raises:
             UnevenSteps, UnsupportedState: ranks are at different steps, or have different parts; on every rank.
+            ValueError: of a step that has no name, on the ranks that gave it.
         """
-        everyone = ranks.all_gather_ints("agree on the step", [self._step, parts.names_digest(self._state)])
+        everyone = _compare_parts(ranks, "agree on the step", self._state, self._outcome, self._step)
         if len({step for step, _ in everyone}) > 1:
             raise UnevenSteps({rank: step for rank, (step, _) in enumerate(everyone)})
         _refuse_different_parts(self._state, [names for _, names in everyone])
@@ -294,13 +297,14 @@ def restore(
         RankFailed: on every rank; some rank could not read for another reason than damage.
         RankTimeout: a rank did not arrive in time.
     """
-    parts.check(state)
     if verify not in ("touched", "full"):
         raise ValueError(f"verify is {verify!r}; 'touched' checks what is read, 'full' every byte")
+    outcome = Outcome()
+    with outcome.catch():
+        parts.check(state)
     ranks = Ranks.of_world(timeout_s)
-    _refuse_different_parts(
-        state, [names for (names,) in ranks.all_gather_ints("compare parts", [parts.names_digest(state)])]
-    )
+    everyone = _compare_parts(ranks, "compare parts", state, outcome, 0)
+    _refuse_different_parts(state, [names for _, names in everyone])
     run = ray_train.find_run(run)
     run, names = restoring.candidates(run, checkpoint, ranks)
     rejected: dict[str, str] = {}
@@ -322,6 +326,26 @@ def restore(
     if rejected:
         raise NoIntactCheckpoint(run.uri, rejected)
     return None
+
+
+def _compare_parts(
+    ranks: Ranks, phase: str, state: Mapping[str, Any], outcome: Outcome, step: int
+) -> list[tuple[int, int]]:
+    """Every rank's step, and the digest of the names of its parts.
+
+    Raises:
+        UnsupportedState: on every rank, if one of them has no state to speak of. There, whatever is in `outcome`.
+    """
+    refused = outcome.error is not None
+    # An integer of 64 bits: a step that has none is among what was refused.
+    mine = [1, 0, 0] if refused else [0, step, parts.names_digest(state)]
+    everyone = ranks.all_gather_ints(phase, mine)
+    if outcome.error is not None:
+        raise outcome.error
+    others = [rank for rank, (bad, _, _) in enumerate(everyone) if bad]
+    if others:
+        raise UnsupportedState("the state", f"what ranks {others} gave", "their own errors say why")
+    return [(at, names) for _, at, names in everyone]
 
 
 def _refuse_different_parts(state: Mapping[str, Any], digests: Sequence[int]) -> None:

@@ -84,7 +84,11 @@ class Ranks:
         world = dist.group.WORLD
         made = _groups.get((purpose, timeout_s))
         if made is None or made.world is not world:
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            timeout = timedelta(seconds=timeout_s)
+            alone = cls(dist.get_rank(), dist.get_world_size(), None, timeout_s)
+            group = alone.within_deadline(
+                f"make a group for {purpose}", lambda: dist.new_group(backend="gloo", timeout=timeout)
+            )
             made = _groups[(purpose, timeout_s)] = _Made(world, group)
         return cls(dist.get_rank(), dist.get_world_size(), made.group, timeout_s)
 

@@ -27,6 +27,8 @@ class ResumeReport:
 
     `step` counts the optimizer steps completed when the checkpoint was saved, `samples` the samples trained.
     `rejected` are newer checkpoints that could not be used, name to reason; `statistics` adds up what all ranks read.
+    Of a checkpoint that is not `verified`, which this package did not write, steps, samples and who saved it are not
+    known: they are 0, 0 and as many as are here.
     """
 
     checkpoint: str
@@ -49,9 +51,9 @@ class ResumeReport:
 
     def __str__(self) -> str:
         now = "" if self.saved_world_size == self.world_size else f", now {self.world_size}"
-        checked = "" if self.verified else "; unverified: it has no checksums"
-        by = f"written by {_workers(self.saved_world_size)}{now}{checked}"
-        lines = [f"resumed {self.checkpoint} (step {self.step:,}; {by})"]
+        # What stock tools wrote says nothing of steps and workers.
+        by = f"step {self.step:,}; written by {_workers(self.saved_world_size)}{now}"
+        lines = [f"resumed {self.checkpoint} ({by if self.verified else 'not ours; unverified: it has no checksums'})"]
         lines += [f"  not {name}: {why}" for name, why in self.rejected.items()]
         if self.steps_lost:
             lines.append(f"  that costs {self.steps_lost:,} steps, which will be trained again")

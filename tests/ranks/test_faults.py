@@ -239,6 +239,31 @@ def test_a_save_of_different_steps_is_an_error_with_both_numbers_on_every_rank(t
     assert list(Path(tmp_path).iterdir()) == []
 
 
+def one_rank_has_no_state(root):
+    results = []
+    whole = Shards(1)
+    part = whole if dist.get_rank() == 0 else 3
+    for act in (
+        lambda: checkpoint.save({"part": part}, step=1, run=root, timeout_s=20),
+        lambda: checkpoint.restore({"part": part}, run=root, timeout_s=20),
+        lambda: checkpoint.save({"part": whole}, step=-dist.get_rank(), run=root, timeout_s=20),
+    ):
+        try:
+            act()
+        except (CheckpointError, ValueError) as error:
+            results.append(f"{type(error).__name__}: {error}")
+    return results
+
+
+def test_what_one_rank_alone_refuses_is_an_error_on_every_rank_and_nobody_waits(tmp_path):
+    fine, bad = run_ranks(2, one_rank_has_no_state, str(tmp_path))
+
+    assert [text.partition(":")[0] for text in bad] == ["UnsupportedState", "UnsupportedState", "ValueError"]
+    assert "a int, which has no state_dict()" in bad[0]
+    assert [text.partition(" can't")[0] for text in fine] == ["UnsupportedState: the state: what ranks [1] gave"] * 3
+    assert list(Path(tmp_path).iterdir()) == []
+
+
 class Meeting(Shards):
     """Meets the other ranks when it is asked for its state, and when it is given it back."""
 

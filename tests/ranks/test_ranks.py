@@ -42,6 +42,20 @@ def test_a_rank_that_never_arrives_is_a_timeout_that_names_the_phase():
     assert outcomes[0].phase == "agree"
 
 
+def make_a_group_alone():
+    if dist.get_rank() == 1:
+        time.sleep(3)  # as above
+        return None
+    return Ranks.of_world(timeout_s=1.0, purpose="tests")
+
+
+def test_a_rank_that_never_comes_to_make_the_group_is_a_timeout_that_says_so():
+    outcomes = run_ranks(2, make_a_group_alone)
+
+    assert type(outcomes[0]) is RankTimeout
+    assert outcomes[0].phase == "make a group for tests"
+
+
 def die():
     if dist.get_rank() == 1:
         os._exit(7)
@@ -87,6 +101,7 @@ def test_collectives_give_every_rank_its_part():
 def groups_of_our_own():
     first, again = Ranks.of_world(timeout_s=20), Ranks.of_world(timeout_s=20)
     other = Ranks.of_world(timeout_s=20, purpose="background")
+    dist.barrier()  # a rank that ended here would take the other's connections with it while it still makes them
     return (
         dist.get_backend(first.group),
         first.group is again.group,

@@ -34,8 +34,8 @@ def check(state: State) -> None:
     if not state:
         raise UnsupportedState("the state", "an empty dict", "name at least one part")
     for name, part in state.items():
-        if not isinstance(name, str) or not name or "." in name or name.startswith("$"):
-            raise UnsupportedState(repr(name), "a part of this name", "use a name without dots")
+        if not isinstance(name, str) or not name or "." in name or name.startswith("$") or not _is_text(name):
+            raise UnsupportedState(ascii(name), "a part of this name", "use a name without dots")
         if not isinstance(part, Stateful):
             raise UnsupportedState(
                 name,
@@ -110,6 +110,11 @@ def entries_of(opened: OpenCheckpoint, name: str) -> list[StoredChunk]:
 def saved_parts(opened: OpenCheckpoint) -> set[str]:
     """The names of the parts in a checkpoint."""
     return {str(row.path[0]) for row in opened.first_rows()}
+
+
+def _is_text(name: str) -> bool:
+    # Names are hashed and stored as UTF-8, which has no half of a character.
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _of_part(part: Any, rank: int) -> Any:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MAX_DEPTH = 64
 MAX_EMPTY_STRINGS = 1 << 20
 _PLAIN_DTYPE = re.compile(r"[<>|=][biufcmMSUV][0-9]{1,9}(\[[0-9]{0,9}[a-zA-Z]{1,2}\])?")
+_SPLIT_CHARACTER = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _ADVICE = (
     "give the part a state_dict() of numbers, strings, bytes, lists, tuples, dicts, sets, numpy values and tensors, "
     "and rebuild the rest in load_state_dict()"
@@ -77,14 +78,16 @@ def _encode(value: Any, key: str, depth: int) -> Any:
         raise UnsupportedState(key, f"a value nested deeper than {MAX_DEPTH} levels", "flatten it")
     kind = type(value)
     # By exact type: an IntEnum or a numpy float64 is an int or a float too, and would come back as less than it was.
-    if value is None or kind in (bool, int, str):
+    if value is None or kind in (bool, int):
         return value
+    if kind is str:
+        return _checked_text(value, key)
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if kind is list:
         return [_encode(item, f"{key}[{n}]", depth + 1) for n, item in enumerate(value)]
     if kind is dict and all(type(k) is str and not k.startswith("$") for k in value):
-        return {k: _encode(item, f"{key}.{k}", depth + 1) for k, item in value.items()}
+        return {_checked_text(k, key): _encode(item, f"{key}.{k}", depth + 1) for k, item in value.items()}
     encoder = _ENCODERS.get(kind) or (_encode_torch if kind.__module__.startswith("torch") else None)
     if isinstance(value, np.generic):
         encoder = _encode_numpy_scalar
@@ -92,6 +95,13 @@ def _encode(value: Any, key: str, depth: int) -> Any:
     if tagged is None:
         raise UnsupportedState(key, f"a value of type {kind.__module__}.{kind.__qualname__}", _ADVICE)
     return tagged
+
+
+def _checked_text(text: str, key: str) -> str:
+    # JSON has one spelling for the two halves of a character and for the character; a half alone comes back.
+    if _SPLIT_CHARACTER.search(text) is not None:
+        raise UnsupportedState(key, f"the text {text[:40]!a}, with a character in two halves,", "store it as bytes")
+    return text
 
 
 def _items(tag: str) -> Callable[[Any, str, int], Any]:
@@ -112,17 +122,26 @@ def _sorted_items(tag: str) -> Callable[[Any, str, int], Any]:
 
 
 def _encode_numpy_scalar(value: Any, key: str, depth: int) -> Any:
-    if value.dtype.hasobject or value.dtype.names is not None:
+    if not _has_plain_dtype(value):
         return None
     # As an array of one: an empty string by itself says that it has no bytes, and gives some.
     one = np.array([value])
+    if isinstance(value, np.character) and one[0] != value:
+        # numpy drops the zeros that a text or bytes end with.
+        return None
     return {"$numpy": [one.dtype.str, _text(one.tobytes())]}
 
 
 def _encode_ndarray(value: Any, key: str, depth: int) -> Any:
-    if value.dtype.hasobject or value.dtype.names is not None:
+    if not _has_plain_dtype(value):
         return None
     return {"$ndarray": [value.dtype.str, list(value.shape), _text(np.ascontiguousarray(value).tobytes())]}
+
+
+def _has_plain_dtype(value: Any) -> bool:
+    # One that another package added (bfloat16 of ml_dtypes) is spelled as so many bytes, and would come back as these.
+    dtype = value.dtype
+    return not dtype.hasobject and dtype.names is None and np.dtype(dtype.str) == dtype
 
 
 def _encode_torch(value: Any, key: str, depth: int) -> Any:
@@ -134,8 +153,8 @@ def _encode_torch(value: Any, key: str, depth: int) -> Any:
         return {"$dtype": str(value).removeprefix("torch.")}
     if type(value) is torch.device:
         return {"$device": str(value)}
-    if type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized:
-        flat = value.detach().cpu().contiguous().reshape(-1)
+    if type(value) is torch.Tensor and is_dense(value) and _dtype_name(value) in ITEM_BYTES:
+        flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().as_strided((value.numel(),), (1,))
         return {"$tensor": [_dtype_name(value), list(value.shape), _text(flat.view(torch.uint8).numpy().tobytes())]}
     return None
 
@@ -285,6 +304,13 @@ def _check_size(shape: Any, item_bytes: int, num_bytes: int) -> None:
 
 def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is its shape, its dtype and the bytes of its elements, and nothing else."""
+    import torch
+
+    return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta)
 
 
 def _text(data: bytes) -> str:

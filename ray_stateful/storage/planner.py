@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import re
 from collections import ChainMap, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,6 +31,8 @@ from ray_stateful.format.index import KeyPath
 from ray_stateful.format.layout import is_rank_key
 from ray_stateful.storage.staging import StagedTensors, Staging
 from ray_stateful.storage.structure import describe_structure, is_tensor
+
+_LONE_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +58,11 @@ class BalancedSavePlanner(DefaultSavePlanner):
         """Flatten `state_dict` as stock planners do, and keep what flattening loses.
 
         Raises:
-            UnsupportedState: a dict above a tensor has a key that is neither a string nor an int.
+            UnsupportedState: an entry can't be stored; names its key.
         """
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        for key, value in self.state_dict.items():
+            _refuse_unsupported(key, value)
         # Encoded here and not when they are written: by then, training may have changed them.
         self.encoded = {
             key: values.encode(value, key) for key, value in self.state_dict.items() if not is_tensor(value)
@@ -85,13 +90,7 @@ class BalancedSavePlanner(DefaultSavePlanner):
                 yield key, text
 
     def create_local_plan(self) -> SavePlan:
-        """This rank's chunks and values.
-
-        Raises:
-            UnsupportedState: an entry can't be stored; names its key.
-        """
-        for key, value in self.state_dict.items():
-            _refuse_unsupported(key, value)
+        """This rank's chunks and values."""
         plan = super().create_local_plan()
         items = [self._with_checksum(item) for item in plan.items if not _is_empty_shard(item)]
         self.plan = dataclasses.replace(plan, items=items)
@@ -201,16 +200,19 @@ def _is_empty_shard(item: WriteItem) -> bool:
 
 
 def _refuse_unsupported(key: str, value: Any) -> None:
+    if not key.isascii() and _LONE_HALF.search(key) is not None:
+        raise UnsupportedState(ascii(key), "an entry of this name, which is no valid text,", "use another name")
     if not isinstance(value, torch.Tensor):
         return
     if isinstance(value, DTensor) and any(placement.is_partial() for placement in value.placements):
         raise UnsupportedState(
             key, f"a DTensor with placements {value.placements}", "reduce it first, to Replicate or Shard"
         )
-    if value.layout is not torch.strided or value.is_quantized or dtype_name(value.dtype) not in ITEM_BYTES:
+    if not values.is_dense(value) or dtype_name(value.dtype) not in ITEM_BYTES:
+        kind = "nested" if value.is_nested else "meta" if value.is_meta else ""
         raise UnsupportedState(
             key,
-            f"a tensor of layout {value.layout} and dtype {value.dtype}",
+            f"a {kind} tensor of layout {value.layout} and dtype {value.dtype}".replace("  ", " "),
             "give the part a state_dict() of dense tensors",
         )
 

@@ -177,7 +177,9 @@ class _ItemFile:
             raise ValueError(f"{item.index.fqn}: planned a chunk of sizes {sizes}, found one of {tuple(tensor.shape)}")
         header, trailer = envelope(tensor.dtype, sizes)
         # As bytes without a copy; numpy has no bfloat16 and no float8, so the elements are looked at as integers first.
-        raw = memoryview(cast(Buffer, tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")
+        # By strides: one element is contiguous whatever its stride is, and a view keeps that.
+        flat = tensor.as_strided((tensor.numel(),), (1,))
+        raw = memoryview(cast(Buffer, flat.view(torch.uint8).numpy()) if tensor.numel() else b"")
         block_bytes = block_bytes_for(len(raw))
         item_offset = self.offset
         self._write(header)

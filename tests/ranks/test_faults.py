@@ -306,3 +306,27 @@ def test_a_rank_whose_part_fails_still_meets_the_others_in_the_next_part(tmp_pat
     outcomes = run_ranks(2, one_part_fails_and_the_next_one_meets, str(tmp_path), timeout_s=60)
 
     assert outcomes == [[SaveFailed, None, RankFailed, RankFailed, UnsupportedState]] * 2
+
+
+class OddKey:
+    """Has an entry whose name is no text, on one rank."""
+
+    def __init__(self, bad_rank):
+        self.bad_rank = bad_rank
+
+    def state_dict(self):
+        return {"key\ud800" if dist.get_rank() == self.bad_rank else "key": torch.ones(2)}
+
+    def load_state_dict(self, state_dict):
+        """Not restored."""
+
+
+def save_an_odd_key(path):
+    checkpoint.save({"odd": OddKey(1)}, step=1, run=path, timeout_s=30)
+
+
+def test_a_name_that_is_no_text_on_one_rank_fails_the_save_on_every_rank(tmp_path):
+    outcomes = run_ranks(2, save_an_odd_key, str(tmp_path))
+
+    assert [SaveFailed] * 2 == [type(outcome) for outcome in outcomes]
+    assert all("rank 1: UnsupportedState" in str(outcome) for outcome in outcomes)

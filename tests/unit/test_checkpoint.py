@@ -86,6 +86,41 @@ def test_any_structure_comes_back_as_it_was(tmp_path):
     assert_same(fresh.value, value)
 
 
+def test_a_tensor_of_one_element_may_have_any_stride_and_one_that_is_negated_is_saved_as_it_shows(tmp_path):
+    number = torch.tensor([1 + 2j, 3 - 4j]).conj()
+    saved = {"part": number.imag[:1], "whole": number, "cut": torch.arange(6.0).reshape(2, 3)[:1, ::2][:, :1]}
+    checkpoint.save({"thing": Part(saved)}, step=1, run=str(tmp_path))
+    fresh = Part()
+    checkpoint.restore({"thing": fresh}, run=str(tmp_path))
+
+    assert_same(
+        fresh.value, {"part": torch.tensor([-2.0]), "whole": torch.tensor([1 - 2j, 3 + 4j]), "cut": saved["cut"]}
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda: {"key": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+        lambda: {"key": torch.empty(3, device="meta")},
+        lambda: {"key": (torch.empty(3, device="meta"),)},
+        lambda: {"key\ud800": 1},
+        lambda: {"key\ud83d\ude00": torch.ones(2)},
+    ],
+    ids=["nested", "meta", "meta in a tuple", "half a character", "character in two halves"],
+)
+def test_what_cannot_be_stored_is_refused_by_its_key(tmp_path, value):
+    with pytest.raises(SaveFailed, match=r"thing\.key.*can't be stored"):
+        checkpoint.save({"thing": Part(value())}, step=1, run=str(tmp_path))
+    assert not list(tmp_path.rglob("*.distcp"))
+
+
+def test_a_part_whose_name_is_no_text_is_refused(tmp_path):
+    with pytest.raises(UnsupportedState, match="name"):
+        checkpoint.save({"thing\ud800": Part(1)}, step=1, run=str(tmp_path))
+
+
 def test_what_will_become_of_each_part_is_said_before_any_is_touched(tmp_path, caplog):
     checkpoint.save({"thing": Part({"t": torch.zeros(3)})}, step=1, run=str(tmp_path))
     said_before_loading = []

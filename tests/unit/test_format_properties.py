@@ -2,10 +2,13 @@
 
 import collections
 import dataclasses
+import enum
 import io
 import itertools
 import json
 import math
+from collections import defaultdict
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
+from numpy._core._rational_tests import rational
 
 from ray_stateful.errors import DamagedCheckpoint, UnknownFormat, UnsupportedState
 from ray_stateful.format import checksums, index, layout, values
@@ -284,14 +288,50 @@ def test_any_text_is_a_value_or_refused(text):
         assert "here" in str(error)  # noqa: PT017 - as above
 
 
-@pytest.mark.parametrize(
-    "value",
-    [1 << 20000, object(), np.zeros(1, dtype=[("a", "i4")])[0], [[]] * 2 + [print]],
-    ids=["digits", "object", "record", "deep"],
-)
+class Colour(enum.IntEnum):
+    RED = 1
+
+
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+REFUSED = {
+    "digits": 1 << 20000,
+    "object": object(),
+    "record": np.zeros(1, dtype=[("a", "i4")])[0],
+    "deep": [[]] * 2 + [print],
+    "enum": Colour.RED,
+    "named tuple": Pair(1, 2),
+    "subclass of dict": defaultdict(list),
+    "bytearray": bytearray(b"x"),
+    # numpy drops the zeros at their ends.
+    "text with a zero": np.str_("a\0"),
+    "bytes with a zero": np.bytes_(b"a\0"),
+    # JSON has one spelling for it and for the whole character.
+    "character in two halves": "\ud83d\ude00",
+    "key in two halves": {"\ud83d\ude00": 1},
+    "dtype of another package": np.array([rational(1, 2)]),
+    "meta tensor": torch.empty(3, device="meta"),
+    "sparse tensor": torch.eye(2).to_sparse(),
+    "parameter": torch.nn.Parameter(torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("value", REFUSED.values(), ids=REFUSED)
 def test_what_has_no_encoding_is_refused_by_its_key(value):
     with pytest.raises(UnsupportedState, match=r"the\.key"):
         values.encode(value, "the.key")
+
+
+def test_a_lazily_conjugated_or_negated_tensor_is_the_one_it_shows():
+    number = torch.tensor([1 + 2j, 3 - 4j]).conj()
+    found = values.decode(values.encode((number, number.imag, number.imag[:1]), "the.key"), "here")
+
+    assert torch.equal(found[0], torch.tensor([1 - 2j, 3 + 4j]))
+    assert torch.equal(found[1], torch.tensor([-2.0, 4.0]))
+    assert torch.equal(found[2], torch.tensor([-2.0]))
 
 
 @st.composite

@@ -1,7 +1,7 @@
 """Orphans: directories of ours that no save will finish and nobody counts. What they are, and their deletion.
 
 A save that died leaves files and no manifest; Ray never heard of them and never deletes them. Nothing else is ever
-deleted here: whatever is committed, counted by Ray, young, or of another name stays.
+deleted here: whatever is committed, counted by Ray, young, of another name, or has in it what no save writes, stays.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import posixpath
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import pyarrow.fs
@@ -89,8 +89,22 @@ def find(
         changed_s = changed(run.storage, path)
         if changed_s is None or now_s - changed_s < older_than_s:
             continue
+        if not _is_left_by_a_save(run.storage, path, sizes):
+            continue
         found.append(Orphan(name=name, num_bytes=sum(sizes.values()), num_files=len(sizes), changed_s=changed_s))
     return found
+
+
+def _is_left_by_a_save(storage: Storage, path: str, sizes: Mapping[str, int]) -> bool:
+    """Whether nothing else lies in a directory without a manifest, also by other ways than a listing of its files."""
+    if storage.directories(path) or not all(map(layout.is_file_of_checkpoint, sizes)):
+        return False
+    try:
+        # A listing leaves out links, and a store's may be late; asked for by its name, what is there is there.
+        storage.read(posixpath.join(path, layout.MANIFEST), 0, 1)
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def delete(
@@ -109,8 +123,10 @@ def delete(
             kept[orphan.name] = "not the name of a checkpoint"
         elif orphan.name in tracked:
             kept[orphan.name] = "Ray counts it by now"
-        elif layout.MANIFEST in run.storage.sizes(path):
+        elif layout.MANIFEST in (sizes := run.storage.sizes(path)):
             kept[orphan.name] = "was committed meanwhile"
+        elif not _is_left_by_a_save(run.storage, path, sizes):
+            kept[orphan.name] = "has in it what no save writes"
         elif changed(run.storage, path) != orphan.changed_s:
             kept[orphan.name] = "somebody is writing to it"
         else:

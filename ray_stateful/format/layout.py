@@ -56,3 +56,8 @@ def item_file(rank: int, number: int) -> str:
 def is_item_file(name: str) -> bool:
     """Whether `name` is one that `item_file` makes."""
     return _ITEM_FILE.fullmatch(name) is not None
+
+
+def is_file_of_checkpoint(name: str) -> bool:
+    """Whether `name` is one that a save gives a file."""
+    return name in (MANIFEST, INDEX, DCP_METADATA) or is_item_file(name)

@@ -73,6 +73,33 @@ def test_only_old_uncommitted_directories_that_nobody_counts_are_deleted(tmp_pat
     assert names(tmp_path) == sorted([*kept, *others])
 
 
+@pytest.mark.parametrize("what", ["a file of the user's", "a directory", "a manifest that is a link"])
+@pytest.mark.parametrize("when", ["before the search", "before the deletion"])
+def test_a_directory_with_what_no_save_writes_stays(tmp_path, what, when):
+    name = make(tmp_path, 1)
+    make(tmp_path, 2, committed=True)
+    run, directory = open_run(str(tmp_path)), tmp_path / name
+    found = orphans.find(run)
+    assert [one.name for one in found] == [name]
+
+    if what == "a directory":
+        (directory / "exported").mkdir()
+    elif what == "a manifest that is a link":
+        (tmp_path / "elsewhere").write_text("{}")
+        (directory / layout.MANIFEST).symlink_to("../elsewhere")
+    else:
+        (directory / "notes.txt").write_text("keep me")
+    then = time.time() - 48 * HOUR
+    os.utime(directory, (then, then))
+    if when == "before the search":
+        found = orphans.find(run, older_than_s=0.0)
+        assert found == []
+    _, kept = orphans.delete(run, found, changed=lambda storage, path: found[0].changed_s)
+
+    assert list(kept) == [one.name for one in found]
+    assert name in names(tmp_path)
+
+
 def test_the_age_is_the_users_to_choose(tmp_path):
     young = make(tmp_path, 1, age_h=1.0)
     make(tmp_path, 2, committed=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import posixpath
 import tempfile
 from collections.abc import Callable, Mapping
@@ -45,7 +46,9 @@ def to_torch(
     """
     chosen = {key: chunks for key, chunks in opened.chunks.items() if part is None or chunks[0].path[0] == part}
     tensors = {key: chunks[0] for key, chunks in chosen.items() if chunks[0].dtype is not None}
-    if out_storage.sizes(posixpath.dirname(out)).get(posixpath.basename(out)) is not None:
+    directory, name = posixpath.split(out)
+    # A directory is found out only when the file is renamed, after all the work.
+    if name in out_storage.sizes(directory) or name in out_storage.directories(directory):
         raise FileExistsError(f"{out} exists; choose another name")
     with tempfile.TemporaryFile(prefix="ray-stateful-") as file:
         mapped = _mapped(file, {key: weight_of(opened, key, key, dtype, any_dtype=True) for key in tensors})
@@ -58,7 +61,7 @@ def to_torch(
         nested = _nest(opened, {**mapped, **found}, part)
         write_file(out_storage, out, lambda sink: torch.save(nested, cast(Any, _File(sink))))
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in mapped.values())
-    return Exported(files=(posixpath.basename(out),), num_tensors=len(tensors), num_bytes=num_bytes, left_out={})
+    return Exported(files=(name,), num_tensors=len(tensors), num_bytes=num_bytes, left_out={})
 
 
 def _nest(opened: OpenCheckpoint, leaves: Mapping[str, Any], part: str | None) -> Any:
@@ -99,7 +102,13 @@ def _mapped(file: Any, weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]
     for key, weight in weights.items():
         offsets[key] = end
         end += -(-weight.num_bytes // 64) * 64
-    file.truncate(max(end, 1))
+    try:
+        # Room for all of it: a page of a mapped file for which the disk has none ends the process, without an error.
+        os.posix_fallocate(file.fileno(), 0, max(end, 1))
+    except OSError as error:
+        where = tempfile.gettempdir()
+        text = f"{end:,} bytes are needed in {where} for a while: {os.strerror(error.errno or 0)}; set TMPDIR elsewhere"
+        raise OSError(error.errno, text) from error
     memory = mmap.mmap(file.fileno(), 0)
     found = {}
     for key, weight in weights.items():

@@ -145,7 +145,11 @@ def _weight(name: str, entry: Any) -> Weight:
     if set(entry) != {"dtype", "shape", "data_offsets"} or entry["dtype"] not in _TORCH_NAMES:
         raise ValueError(f"{name!r} is described as {str(entry)[:100]}")
     numbers = [*entry["shape"], *entry["data_offsets"]]
-    if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers) or len(entry["shape"]) > 64:
+    if (
+        len(entry["data_offsets"]) != 2
+        or any(type(number) is not int or not 0 <= number < 2**62 for number in numbers)
+        or len(entry["shape"]) > 64
+    ):
         raise ValueError(f"{name!r} has shape {entry['shape']} at {entry['data_offsets']}")
     return Weight(name, _TORCH_NAMES[entry["dtype"]], tuple(entry["shape"]))
 
@@ -158,16 +162,17 @@ def index(files: Mapping[str, Sequence[Weight]]) -> bytes:
     return (json.dumps(body, indent=2) + "\n").encode()
 
 
-def files_of_index(text: bytes, where: str) -> list[str]:
-    """The files that an index names.
+def weight_map(text: bytes, where: str) -> dict[str, str]:
+    """The file of each tensor, as an index has it.
 
     Raises:
         HostileCheckpoint: it is none, or names files outside of its directory.
     """
     try:
-        names = sorted(set(strict_json(text)["weight_map"].values()))
+        found = strict_json(text)["weight_map"]
+        names = set(found.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HostileCheckpoint(where, f"is not an index of safetensors: {type(error).__name__}: {error}") from error
-    if any("/" in name or "\\" in name or not name.endswith(SUFFIX) for name in names):
+    if any(type(name) is not str or "/" in name or "\\" in name or not name.endswith(SUFFIX) for name in names):
         raise HostileCheckpoint(where, "names files outside of its directory")
-    return names
+    return dict(found)

@@ -9,9 +9,11 @@ import math
 import posixpath
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.fs
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -25,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from ray_stateful import hf_layout
-from ray_stateful.errors import DamagedCheckpoint
+from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint
 from ray_stateful.format import layout
 from ray_stateful.format.chunks import Box, span_of, split
 from ray_stateful.format.dtypes import ITEM_BYTES
@@ -98,13 +100,23 @@ def find(storage: Storage, path: str, part: str = "model") -> Source:
     if path.endswith(hf_layout.SUFFIX):
         directory, name = posixpath.split(path)
         return _of_safetensors(storage, directory, [name], part)
-    sizes = storage.sizes(path)
+    sizes = _sizes(storage, path)
     indexes = sorted(name for name in sizes if name.endswith(hf_layout.INDEX_SUFFIX))
     if len(indexes) > 1:
         raise DamagedCheckpoint(path, f"has {len(indexes)} indexes of safetensors; name one file or another directory")
     if indexes:
         where = posixpath.join(path, indexes[0])
-        return _of_safetensors(storage, path, hf_layout.files_of_index(storage.read(where), where), part)
+        if sizes[indexes[0]] > hf_layout.MAX_HEADER_BYTES:
+            raise HostileCheckpoint(where, f"an index of {sizes[indexes[0]]:,} bytes")
+        files = hf_layout.weight_map(storage.read(where), where)
+        found = _of_safetensors(storage, path, sorted(set(files.values())), part)
+        # A file of another model, or of another version of it, has its place and none of its tensors.
+        missing = sorted(files.keys() - {str(entry.path[1]) for entry in found.entries})
+        if missing:
+            raise DamagedCheckpoint(
+                where, f"names {len(missing)} tensors that are in no file, {missing[0]!r} among them"
+            )
+        return found
     names = sorted(name for name in sizes if name.endswith(hf_layout.SUFFIX))
     if names:
         return _of_safetensors(storage, path, names, part)
@@ -194,7 +206,7 @@ def _plan(found: Sequence[Entry]) -> tuple[SavePlan, Metadata]:
 
 
 def _of_safetensors(storage: Storage, directory: str, names: list[str], part: str) -> Source:
-    sizes = storage.sizes(directory)
+    sizes = _sizes(storage, directory)
     found: dict[str, Entry] = {}
     for name in names:
         where = posixpath.join(directory, name)
@@ -212,6 +224,18 @@ def _of_safetensors(storage: Storage, directory: str, names: list[str], part: st
                 read=_reader(storage, directory, name, weight),
             )
     return Source(entries=tuple(found.values()))
+
+
+def _sizes(storage: Storage, path: str) -> dict[str, int]:
+    """The files of a directory; also weights behind links, which is how the cache of Hugging Face keeps them."""
+    sizes = dict(storage.sizes(path))
+    filesystem = getattr(getattr(storage, "inner", storage), "filesystem", None)
+    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        with suppress(NotADirectoryError):
+            for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True)):
+                if info.is_file and info.base_name.endswith((hf_layout.SUFFIX, hf_layout.INDEX_SUFFIX)):
+                    sizes.setdefault(info.base_name, info.size)
+    return sizes
 
 
 def _pieces(weight: hf_layout.Weight) -> tuple[Box, ...]:

@@ -9,8 +9,9 @@ import click
 
 from ray_stateful.cli.looking import json_option
 from ray_stateful.cli.places import open_checkpoint, place
-from ray_stateful.cli.rendering import as_json, meter, size
+from ray_stateful.cli.rendering import as_json, meter, say, size
 from ray_stateful.format.dtypes import ITEM_BYTES
+from ray_stateful.format.layout import MAX_STEP
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)B?", re.IGNORECASE)
 
@@ -85,18 +86,20 @@ def export_(
     if json_:
         as_json({"out": out, **dataclasses.asdict(result)})
         return
-    click.echo(f"{out}: {result.num_tensors:,} tensors, {size(result.num_bytes)} in {len(result.files)} file(s)")
+    say(f"{out}: {result.num_tensors:,} tensors, {size(result.num_bytes)} in {len(result.files)} file(s)")
     for key, why in sorted(result.left_out.items()):
-        click.echo(f"  left out: {key}: {why}")
+        say(f"  left out: {key}: {why}")
     for note in result.notes:
-        click.echo(f"  note: {note}")
+        say(f"  note: {note}")
 
 
 @click.command("import")
 @click.argument("source")
 @click.argument("run")
 @click.option("--part", default="model", show_default=True, help="Under which name weights without one are put.")
-@click.option("--step", type=click.IntRange(min=0), default=0, show_default=True, help="Steps they were trained for.")
+@click.option(
+    "--step", type=click.IntRange(0, MAX_STEP), default=0, show_default=True, help="Steps they were trained for."
+)
 @json_option
 def import_(source: str, run: str, part: str, step: int, json_: bool) -> None:
     """Make SOURCE (safetensors in the Hugging Face layout, or a DCP directory) the first checkpoint of RUN."""
@@ -111,4 +114,4 @@ def import_(source: str, run: str, part: str, step: int, json_: bool) -> None:
         as_json(dataclasses.asdict(result))
         return
     checked = "" if result.verified else "; the source has no checksums, so it is what was read"
-    click.echo(f"{result.path}: {result.num_entries:,} entries, {size(result.num_bytes)}{checked}")
+    say(f"{result.path}: {result.num_entries:,} entries, {size(result.num_bytes)}{checked}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,15 @@ from typing import Any
 import click
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+# What moves the cursor, colours the screen, or turns the direction of what follows; and halves of characters.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line. Keys and values are a stranger's: what would be an instruction to the terminal is shown as text."""
+    click.echo(_UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text), err=err)
 
 
 def as_json(value: Any) -> None:
@@ -59,7 +69,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
             cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
-        click.echo("  ".join(cells).rstrip())
+        say("  ".join(cells).rstrip())
 
 
 class Meter:

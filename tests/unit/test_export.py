@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -300,6 +302,8 @@ def hostile_files():
     yield "key twice", with_header(text[:-1] + b"," + text[1:])
     yield "overlap", with_header({**entry(), "v": entry()["w"]})
     yield "bool for an int", with_header(entry(shape=[True, 2]))
+    yield "no end", with_header(entry(data_offsets=[0]))
+    yield "two ends", with_header(entry(data_offsets=[0, 8, 8]))
 
 
 @pytest.mark.parametrize(
@@ -316,12 +320,57 @@ def test_a_hostile_safetensors_file_is_refused(tmp_path, name, content):
 
 def test_an_index_that_leads_outside_is_refused(tmp_path):
     with pytest.raises(HostileCheckpoint, match="outside"):
-        hf_layout.files_of_index(b'{"weight_map": {"w": "../../secret.safetensors"}}', "index")
+        hf_layout.weight_map(b'{"weight_map": {"w": "../../secret.safetensors"}}', "index")
+    with pytest.raises(HostileCheckpoint, match="outside"):
+        hf_layout.weight_map(b'{"weight_map": {"w": 1}}', "index")
     (tmp_path / "in").mkdir()
     save_file({"w": torch.ones(2)}, tmp_path / "in" / "a.safetensors")
     index = {"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}
     (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "missing" in run("import", tmp_path / "in", tmp_path / "run", exit_code=2)
+
+
+def test_an_index_of_tensors_that_are_in_no_file_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "in" / "a.safetensors")
+    index = {"weight_map": {"w": "a.safetensors", "v": "a.safetensors"}}
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    assert "'v'" in run("import", tmp_path / "in", tmp_path / "run", exit_code=2)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_weights_behind_links_as_the_hugging_face_cache_has_them_are_imported(tmp_path, name):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "blobs" / "0123")
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/0123")
+
+    assert run("import", tmp_path / "snapshot" / name, tmp_path / "run")["num_entries"] == 1
+
+
+def test_a_step_that_no_name_has_room_for_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "in" / "model.safetensors")
+    assert "9999999999" in run("import", tmp_path / "in", tmp_path / "run", "--step", 10**10, exit_code=2)
+
+
+def test_an_export_to_one_file_says_where_it_lacks_room_before_it_maps_it(tmp_path, monkeypatch):
+    uri = save(tmp_path, {"w": torch.ones(2)})
+
+    def full(descriptor, offset, length):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert "TMPDIR" in run("export", uri, tmp_path / "out.pt", "--format", "torch", exit_code=2)
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_an_export_to_one_file_refuses_a_directory_before_it_reads(tmp_path):
+    uri = save(tmp_path, {"w": torch.ones(2)})
+    (tmp_path / "out").mkdir()
+    assert "exists" in run("export", uri, tmp_path / "out", "--format", "torch", exit_code=2)
 
 
 BOUNDED = """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ray_stateful.errors import DamagedCheckpoint
 from ray_stateful.format import layout
 from ray_stateful.format.manifest import Manifest
+from ray_stateful.storage import opening
 from ray_stateful.storage.base import Storage
 
 _NUM_THREADS = 16
@@ -58,7 +59,7 @@ def _entry(storage: Storage, path: str, name: str, tracked: Set[str] | None) -> 
     committed = layout.MANIFEST in sizes
     if committed:
         try:
-            manifest = Manifest.from_json(storage.read(posixpath.join(directory, layout.MANIFEST)), layout.MANIFEST)
+            manifest = Manifest.from_json(opening.read_manifest(storage, directory), layout.MANIFEST)
         except DamagedCheckpoint as error:
             problem = error.found
         except FileNotFoundError:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ray_stateful.errors import DamagedCheckpoint, UnknownFormat
-from ray_stateful.format import layout
+from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, UnknownFormat
+from ray_stateful.format import layout, values
 from ray_stateful.format.checksums import RunningChecksum, first_bad_block
 from ray_stateful.format.index import StoredChunk
 from ray_stateful.format.manifest import Manifest, StoredFile
@@ -69,7 +69,7 @@ def verify(storage: Storage, path: str, *, full: bool = False, progress: Progres
     if layout.MANIFEST not in sizes:
         return _verify_without_manifest(storage, path, full, sizes)
     try:
-        manifest = Manifest.from_json(storage.read(f"{path}/{layout.MANIFEST}"), layout.MANIFEST)
+        manifest = Manifest.from_json(opening.read_manifest(storage, path), layout.MANIFEST)
     except UnknownFormat as error:
         raise UnknownFormat(path, error.found) from error
     except DamagedCheckpoint as error:
@@ -80,9 +80,13 @@ def verify(storage: Storage, path: str, *, full: bool = False, progress: Progres
     rows: list[StoredChunk] = []
     if layout.INDEX not in absent:
         try:
-            rows = rows_of(opening.parse(opening.fetch_description(storage, path)))
+            opened = opening.parse(opening.fetch_description(storage, path))
+            rows = rows_of(opened)
+            findings += _value_findings([*rows, *opened.trees.values()])
         except DamagedCheckpoint as error:
             findings.append(Finding(file=layout.INDEX, problem=error.found))
+            # Nor is it read again: what is wrong with it may be that it is a terabyte of nothing.
+            absent.add(layout.INDEX)
     to_read = {name: file for name, file in manifest.files.items() if full and name not in absent}
     found, num_bytes = _verify_contents(storage, path, to_read, rows, progress)
     return Verification(
@@ -109,6 +113,21 @@ def _size_findings(manifest: Manifest, sizes: Mapping[str, int]) -> list[Finding
     return findings
 
 
+def _value_findings(rows: list[StoredChunk]) -> list[Finding]:
+    """The values that no restore would take, whatever their checksum says."""
+    findings = []
+    for row in rows:
+        if row.value is not None:
+            try:
+                values.decode(row.value, layout.INDEX)
+            except HostileCheckpoint as error:
+                findings.append(Finding(file=layout.INDEX, key=row.key, problem=error.found))
+            except ModuleNotFoundError:
+                # A dtype or a tensor, where there is no torch to make it.
+                continue
+    return findings
+
+
 def _verify_contents(
     storage: Storage,
     path: str,
@@ -119,20 +138,31 @@ def _verify_contents(
     by_file: dict[str, list[StoredChunk]] = defaultdict(list)
     for row in rows:
         by_file[row.file].append(row)
+    stopped = threading.Event()
     with ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="checkpoint-verify") as pool:
         jobs = {
-            name: pool.submit(_verify_file, storage, posixpath.join(path, name), name, file, by_file[name], progress)
+            name: pool.submit(
+                _verify_file,
+                _Reader(storage, posixpath.join(path, name), file.size, progress, stopped),
+                name,
+                file,
+                rows,
+            )
             for name, file in files.items()
+            for rows in [by_file[name]]
         }
-        findings = [finding for _, job in sorted(jobs.items()) for finding in job.result()]
+        try:
+            findings = [finding for _, job in sorted(jobs.items()) for finding in job.result()]
+        except BaseException:
+            # Somebody pressed Ctrl-C, or storage is out of reach: the pool would read all that is left before it ends.
+            stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
     return findings, sum(file.size for file in files.values())
 
 
-def _verify_file(
-    storage: Storage, where: str, name: str, file: StoredFile, rows: list[StoredChunk], progress: Progress | None
-) -> list[Finding]:
+def _verify_file(reader: _Reader, name: str, file: StoredFile, rows: list[StoredChunk]) -> list[Finding]:
     """One pass over the file: its own checksum, and those of the blocks in it, which tell whose bytes are bad."""
-    reader = _Reader(storage, where, file.size, progress)
     # Equal values are stored once, for several keys: checked once, under the first.
     regions = {(row.data_offset, row.num_bytes): row for row in sorted(rows, key=lambda row: row.key, reverse=True)}
     findings: list[Finding] = []
@@ -170,17 +200,25 @@ def _bad_blocks(reader: _Reader, name: str, row: StoredChunk) -> list[Finding]:
 
 
 class _Reader:
-    """A file from front to back, in large requests however small the pieces are that it is taken in."""
+    """A file from front to back, in large requests however small the pieces are that it is taken in.
 
-    def __init__(self, storage: Storage, where: str, size: int, progress: Progress | None) -> None:
+    Makes no request once `stopped` is set.
+    """
+
+    def __init__(
+        self, storage: Storage, where: str, size: int, progress: Progress | None, stopped: threading.Event
+    ) -> None:
         self.checksum = RunningChecksum()
         self.offset = 0
         self._storage, self._where, self._size, self._progress = storage, where, size, progress
+        self._stopped = stopped
         self._data = memoryview(b"")
 
     def take(self, length: int) -> memoryview:
         """The next `length` bytes, at most `PART_BYTES`."""
         if len(self._data) < length:
+            if self._stopped.is_set():
+                raise EOFError("was not read to its end")
             begin = self.offset + len(self._data)
             more = self._storage.read(self._where, begin, min(PART_BYTES, self._size - begin))
             self.checksum.update(more)

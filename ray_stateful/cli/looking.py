@@ -10,7 +10,7 @@ from ray_stateful import listing, restore_cost, verify
 from ray_stateful.cli import tree
 from ray_stateful.cli.main import EXIT_FINDINGS
 from ray_stateful.cli.places import open_checkpoint, open_run, place
-from ray_stateful.cli.rendering import age, as_json, finite, meter, size, table
+from ray_stateful.cli.rendering import age, as_json, finite, meter, say, size, table
 from ray_stateful.cli.tree import Summary
 
 json_option = click.option("--json", "json_", is_flag=True, help="Print JSON instead of text.")
@@ -27,7 +27,7 @@ def ls_(run: str, json_: bool) -> None:
         as_json({"run": run, "checkpoints": [{**_fields(entry), "orphan": entry.is_orphan} for entry in entries]})
         return
     if not entries:
-        click.echo(f"{run} has no checkpoints of this package")
+        say(f"{run} has no checkpoints of this package")
         return
     rows = [
         (
@@ -60,16 +60,16 @@ def inspect_(checkpoint: str, key: str | None, as_tree: bool, json_: bool) -> No
         as_json({"checkpoint": checkpoint, **head, "entries": [_fields(summary) for summary in summaries]})
         return
     for line in tree.heading(opened, checkpoint):
-        click.echo(line)
-    click.echo()
+        say(line)
+    say("")
     if as_tree:
         for line in tree.lines(summaries):
-            click.echo(line)
+            say(line)
     else:
         table(("KEY", "DTYPE", "SHAPE", "SIZE", "CHUNKS", "WRITTEN BY"), [_row(one) for one in summaries], right=(3,))
     if key is not None and len(summaries) == 1:
         for line in tree.chunk_lines(opened, summaries[0]):
-            click.echo(line)
+            say(line)
 
 
 @click.command("verify")
@@ -87,13 +87,13 @@ def verify_(ctx: click.Context, checkpoint: str, full: bool, json_: bool) -> Non
         as_json({**_fields(result), "intact": not result.findings})
     else:
         for finding in result.findings:
-            click.echo(str(finding))
+            say(str(finding))
         if result.unverifiable:
-            click.echo(f"note: {result.unverifiable}")
+            say(f"note: {result.unverifiable}")
         looked = f"every byte of {result.num_files} files ({size(result.num_bytes)})" if full else "manifest, index and"
         looked += "" if full else f" the sizes of {result.num_files} files"
         verdict = f"{len(result.findings)} finding(s)" if result.findings else "intact"
-        click.echo(f"{path}: {verdict}; checked {looked}")
+        say(f"{path}: {verdict}; checked {looked}")
     if result.findings:
         ctx.exit(EXIT_FINDINGS)
 
@@ -120,11 +120,11 @@ def diff_(ctx: click.Context, first: str, second: str, json_: bool) -> None:
     else:
         for side, keys in ((first, result.only_in_first), (second, result.only_in_second)):
             for key in keys:
-                click.echo(f"only in {side}: {key}")
+                say(f"only in {side}: {key}")
         for changed in result.changed:
-            click.echo(f"{changed.key}: {changed.first} became {changed.second}")
+            say(f"{changed.key}: {changed.first} became {changed.second}")
         for key in result.values:
-            click.echo(f"{key}: another value")
+            say(f"{key}: another value")
         if result.tensors:
             table(
                 ("TENSOR", "DIFFERENT", "MAX ABSOLUTE", "MAX RELATIVE"),
@@ -139,7 +139,7 @@ def diff_(ctx: click.Context, first: str, second: str, json_: bool) -> None:
                 ],
                 right=(1, 2, 3),
             )
-        click.echo(f"{result.num_equal} entries are equal, bit for bit")
+        say(f"{result.num_equal} entries are equal, bit for bit")
     if not result.is_empty:
         ctx.exit(EXIT_FINDINGS)
 
@@ -162,7 +162,7 @@ def plan_(checkpoint: str, workers: int, json_: bool) -> None:
         right=(0, 1, 2, 3),
     )
     requests = sum(cost.num_requests for cost in costs)
-    click.echo(
+    say(
         f"{size(read)} in {requests:,} requests, {read / max(1, wanted):.2f}x of what is needed; besides, rank 0 reads "
         "manifest and index for all"
     )

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
+import signal
+import sys
 from typing import Any
 
 import click
 
 from ray_stateful.cli.explain import explain
+from ray_stateful.cli.rendering import say
 from ray_stateful.errors import CheckpointError
 
 EXIT_FINDINGS = 1
 EXIT_ERROR = 2
+# As a shell counts a process that a signal ended.
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 # Imported when they are run: `inspect` is to be done before torch would be imported, which `diff` needs.
 _COMMANDS = {
@@ -41,10 +48,17 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            # `| head` has read enough. click would end with 1, which says that something was found.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is flushed at the exit is to find no broken pipe
+            ctx.exit(EXIT_BROKEN_PIPE)
+        except KeyboardInterrupt:
+            say("interrupted", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
         # The errors that commands raise on purpose, those of storage, and those of arguments that do not fit together.
         # Any other is a mistake of ours, and wants its traceback.
         except (CheckpointError, OSError, ValueError) as error:
-            click.echo(f"error: {explain(error)}", err=True)
+            say(f"error: {explain(error)}", err=True)
             ctx.exit(EXIT_ERROR)
 
 
@@ -56,6 +70,7 @@ def main() -> None:
     A RUN is the directory <storage_path>/<run name>, a CHECKPOINT a directory in it: a path, or a URI (s3://, gs://,
     abfss://) with the query that pyarrow takes (?region=... or ?endpoint_override=...). Nothing is ever unpickled.
 
-    Exit codes: 0 if all is well, 1 if something was found, 2 if the command could not do its work.
+    Exit codes: 0 if all is well, 1 if something was found, 2 if the command could not do its work, 130 if it was
+    interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

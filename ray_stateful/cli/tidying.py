@@ -11,7 +11,7 @@ from ray_stateful import orphans
 from ray_stateful.cli.looking import json_option
 from ray_stateful.cli.main import EXIT_FINDINGS
 from ray_stateful.cli.places import open_run
-from ray_stateful.cli.rendering import age, as_json, size, table
+from ray_stateful.cli.rendering import age, as_json, say, size, table
 
 _DURATION = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>s|min|h|d)")
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -55,8 +55,8 @@ def gc_(ctx: click.Context, run: str, dry_run: bool, older_than: float, json_: b
             rows = [(one.name, age(one.changed_s), size(one.num_bytes), str(one.num_files)) for one in gone]
             table(("ORPHAN", "AGE", "SIZE", "FILES"), rows, right=(1, 2, 3))
         for name, why in kept.items():
-            click.echo(f"kept {name}: {why}")
+            say(f"kept {name}: {why}")
         verb = "would be deleted" if dry_run else "deleted"
-        click.echo(f"{len(gone)} orphan(s) {verb}, {size(sum(one.num_bytes for one in gone))}")
+        say(f"{len(gone)} orphan(s) {verb}, {size(sum(one.num_bytes for one in gone))}")
     if kept:
         ctx.exit(EXIT_FINDINGS)

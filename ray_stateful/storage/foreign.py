@@ -72,10 +72,6 @@ def read(storage: Storage, path: str, requests: Iterable[Request]) -> ReadStatis
     for request in requests:
         chunk = request.chunk
         tensor = load_item(storage, path, chunk)
-        if not _is_plain(tensor, chunk):
-            raise HostileCheckpoint(
-                posixpath.join(path, chunk.file), f"{chunk.key!r} is not a {chunk.dtype} tensor of {chunk.box.sizes}"
-            )
         for dim, (offset, size) in enumerate(zip(request.box.offsets, request.box.sizes, strict=True)):
             tensor = tensor.narrow(dim, offset, size)
         request.into.detach().copy_(tensor)
@@ -85,20 +81,28 @@ def read(storage: Storage, path: str, requests: Iterable[Request]) -> ReadStatis
 
 
 def load_item(storage: Storage, path: str, chunk: StoredChunk) -> Any:
-    """One foreign item, opened with `weights_only=True`."""
+    """One foreign item, opened with `weights_only=True`.
+
+    Raises:
+        DamagedCheckpoint: it is cut short.
+        HostileCheckpoint: it is not what torch.save makes, or not the tensor the metadata says.
+    """
     data = read_exactly(storage, path, chunk.file, chunk.item_offset, chunk.item_offset + chunk.item_length)
     where = posixpath.join(path, chunk.file)
     problem = _archive_problem(data)
     if problem is not None:
         raise HostileCheckpoint(where, f"{chunk.key!r} is not what torch.save makes: {problem}")
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        item = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     # torch.load wraps whatever its unpickler met in these; the cause is chained.
     except Exception as error:
         # Of its message only what it met: the rest recommends to load the file with `weights_only=False`.
         lines = [line.strip() for line in str(error).splitlines() if "WeightsUnpickler" in line]
         met = lines[0] if lines else type(error).__name__
         raise HostileCheckpoint(where, f"{chunk.key!r} can't be opened without running its code: {met}") from error
+    if chunk.dtype is not None and not _is_plain(item, chunk):
+        raise HostileCheckpoint(where, f"{chunk.key!r} is not a {chunk.dtype} tensor of {chunk.box.sizes}")
+    return item
 
 
 def _is_plain(tensor: Any, chunk: StoredChunk) -> bool:

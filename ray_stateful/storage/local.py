@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -56,8 +57,12 @@ class LocalStorage:
             sink.write(data)
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        with _opened(self._os_path(path), os.O_RDONLY) as descriptor:
-            start, stop = checked_range(path, offset, length, os.fstat(descriptor).st_size)
+        # Without waiting: to open a pipe takes until somebody writes to it, and a hostile checkpoint may have one.
+        with _opened(self._os_path(path), os.O_RDONLY | os.O_NONBLOCK) as descriptor:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL, "is not a file", path)
+            start, stop = checked_range(path, offset, length, found.st_size)
             if stop - start <= _CALL_BYTES:
                 data = os.pread(descriptor, stop - start, start)
                 if len(data) == stop - start:

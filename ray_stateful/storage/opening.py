@@ -126,17 +126,27 @@ def fetch_description(storage: Storage, path: str) -> RawCheckpoint:
     Raises:
         DamagedCheckpoint: as `fetch`.
     """
-    where = posixpath.join(path, layout.MANIFEST)
     try:
-        data = storage.read(where, 0, MAX_MANIFEST_BYTES + 1)
+        data = read_manifest(storage, path)
     except FileNotFoundError:
         return fetch(storage, path)
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise HostileCheckpoint(path, f"a manifest of more than {MAX_MANIFEST_BYTES:,} bytes")
-    manifest = Manifest.from_json(data, where)
+    manifest = Manifest.from_json(data, posixpath.join(path, layout.MANIFEST))
     _check_name(path, manifest)
     sizes = {name: file.size for name, file in manifest.files.items()}
     return RawCheckpoint(path=path, sizes=sizes, manifest=data, index=_read_bounded(storage, path, layout.INDEX, sizes))
+
+
+def read_manifest(storage: Storage, path: str) -> bytes:
+    """The manifest of the checkpoint in directory `path`, in one read, if it is no larger than one can be.
+
+    Raises:
+        FileNotFoundError: there is none.
+        HostileCheckpoint: it is larger.
+    """
+    data = storage.read(posixpath.join(path, layout.MANIFEST), 0, MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise HostileCheckpoint(path, f"a manifest of more than {MAX_MANIFEST_BYTES:,} bytes")
+    return data
 
 
 def parse(raw: RawCheckpoint) -> OpenCheckpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 
+from attacks.corpus import Workshop
 from ray_stateful import checkpoint, restore_cost
 from ray_stateful.cli.explain import explain
 from ray_stateful.cli.main import main
@@ -295,6 +297,119 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path):
         assert result.stdout == ""
         errors = [line for line in result.stderr.splitlines() if line.lower().startswith("error: ")]
         assert len(errors) == 1
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path):
+    path = Path(save(tmp_path, 1))
+    (path / layout.MANIFEST).unlink()
+    os.mkfifo(path / layout.MANIFEST)
+
+    assert "not a file" in run("inspect", path).stderr
+
+
+def test_what_a_key_tells_the_terminal_is_shown_and_not_obeyed(tmp_path):
+    uri = save(tmp_path, 1, {"\x1b]0;owned\x07\u202ekey\nnext": torch.ones(2), "text": "\x9b31m"})
+
+    for command in (["inspect", uri], ["inspect", uri, "--tree"], ["export", uri, tmp_path / "x", "--format", "dcp"]):
+        said = run(*command).stdout
+        assert not set("\x1b\x07\x9b\u202e") & set(said)
+    assert "\\x1b]0;owned\\x07\\u202ekey\\nnext" in run("inspect", uri).stdout
+    missing = run("inspect", uri, "\x1b[2J")
+    assert missing.exit_code == 2
+    assert "\x1b" not in missing.stderr
+
+
+def test_verify_finds_a_value_that_no_restore_would_take(tmp_path):
+    path = Path(save(tmp_path, 3))
+    Workshop(path).row("progress.step", value='{"$unknown": 1}')
+
+    (finding,) = run_json("verify", path, exit_code=1)["findings"]
+
+    assert (finding["file"], finding["key"]) == (layout.INDEX, "progress.step")
+
+
+def test_verify_finds_a_foreign_tensor_that_is_not_the_one_the_metadata_says(tmp_path):
+    torch.manual_seed(0)
+    dcp.save({"a": torch.ones(4), "b": torch.ones(4).bfloat16()}, checkpoint_id=tmp_path / "plain")
+    metadata = dcp.FileSystemReader(tmp_path / "plain").read_metadata()
+    metadata.state_dict_metadata["a"].properties.dtype = torch.int32
+    (tmp_path / "plain" / layout.DCP_METADATA).write_bytes(pickle.dumps(metadata))
+
+    (finding,) = run_json("verify", tmp_path / "plain", "--full", exit_code=1)["findings"]
+
+    assert finding["key"] == "a"
+
+
+@pytest.mark.parametrize("command", ["ls", "verify"])
+def test_a_manifest_of_gigabytes_is_not_read(tmp_path, command):
+    path = Path(save(tmp_path, 3))
+    with open(path / layout.MANIFEST, "r+b") as file:
+        file.truncate(1 << 40)
+
+    result = run(command, tmp_path if command == "ls" else path)
+
+    assert "a manifest of more than" in result.stdout
+
+
+def test_an_index_that_is_too_large_is_a_finding_and_is_not_read(tmp_path):
+    path = Path(save(tmp_path, 3))
+    with open(path / layout.INDEX, "r+b") as file:
+        file.truncate(1 << 42)
+    Workshop(path).manifest(lambda body: body["files"][layout.INDEX].update(size=1 << 42))
+
+    (finding,) = run_json("verify", path, "--full", exit_code=1)["findings"]
+
+    assert finding["file"] == layout.INDEX
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+from ray_stateful import verify
+from ray_stateful.cli.main import main
+from ray_stateful.storage.local import LocalStorage
+verify.PART_BYTES, verify.NUM_THREADS = 1 << 16, 1
+parts = []
+def read(self, path, offset=0, length=None, inner=LocalStorage.read):
+    if path.endswith(".distcp"):
+        parts.append(path)
+        if len(parts) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            interrupted.wait(60)
+    return inner(self, path, offset, length)
+interrupted, LocalStorage.read = threading.Event(), read
+# The main thread is interrupted before the file goes on to be read.
+inner_set = threading.Event.set
+def set(self):
+    inner_set(self)
+    if type(self) is threading.Event and sys.exc_info()[0] is KeyboardInterrupt:
+        inner_set(interrupted)
+threading.Event.set = set
+try:
+    main(sys.argv[1:])
+finally:
+    print(len(parts))
+"""
+
+
+def test_an_interrupted_verification_reads_no_further_and_is_not_taken_for_a_finding(tmp_path):
+    uri = save(tmp_path, 1, {"weight": torch.ones(1 << 20)})
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, "verify", uri, "--full"], capture_output=True, text=True, timeout=120
+    )
+
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "interrupted\n"
+    assert done.stdout == "3\n"
+
+
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path):
+    uri = save(tmp_path, 1, {f"layer_{n}": torch.ones(1) for n in range(3000)})
+    command = f'"{sys.executable}" -m ray_stateful.cli inspect "$1" | head -1; exit "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", command, "bash", uri], capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 141
+    assert done.stdout == f"{uri}\n"
+    assert done.stderr == ""
 
 
 def test_denied_and_unreachable_stores_are_told_apart():

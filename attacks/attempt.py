@@ -1,5 +1,6 @@
 """Restores from hostile checkpoints, in a process that may be lost: `python -m attacks.attempt [NAME ...]`.
 
+Each is looked at with the command line as well, which may accept it (it opens less of it) but must not break on it.
 Writes a line of JSON when an attack begins and one when it was met. A restore that takes longer than the deadline, or
 asks for more memory than there is reason to, ends as an attack that succeeded.
 """
@@ -17,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
 
 from attacks import victim
 from attacks.corpus import Attack, Workshop, all_attacks
 from ray_stateful import checkpoint, parts
+from ray_stateful.cli.main import main as cli
 from ray_stateful.errors import CheckpointError
 from ray_stateful.ranks import Outcome
 
 DEADLINE_S = 30
+COMMANDS = (("inspect", "--tree"), ("verify",), ("plan", "--workers", "3"))
 MAX_MEMORY_BYTES = 1 << 30
 
 
@@ -67,19 +71,33 @@ def attempt(attack: Attack, original: Path, run: Path) -> dict[str, Any]:
     # Whatever it is: what it was is the finding.
     except BaseException as caught:  # noqa: BLE001
         error = caught
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.alarm(0)
+    seconds = time.monotonic() - began
+    signal.alarm(DEADLINE_S)
+    said = [_command(name, str(directory), *rest) for name, *rest in COMMANDS]
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    signal.alarm(0)
     shutil.rmtree(directory, ignore_errors=True)
     return {
+        "commands": [text for text in said if text is not None],
         "error": None if error is None else type(error).__name__,
         "ours": isinstance(error, CheckpointError),
         "text": str(error)[:600],
         "ran": workshop.canary.exists(),
         "untouched": victim.is_untouched(state),
-        "seconds": time.monotonic() - began,
+        "seconds": seconds,
         "memory_bytes": max(0, _memory_bytes() - before),
     }
+
+
+def _command(*arguments: str) -> str | None:
+    """What is wrong with what a command that looks at the checkpoint did; `None` if it was looked at, or refused."""
+    result = CliRunner().invoke(cli, arguments)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        return f"{arguments[0]}: {type(result.exception).__name__}: {result.exception}"[:600]
+    lines = len(result.stderr.splitlines())
+    if lines != (1 if result.exit_code == 2 else 0) or "\x1b" in result.output:
+        return f"{arguments[0]}: {result.output!r}"[:600]
+    return None
 
 
 def _memory_bytes() -> int:

@@ -9,7 +9,7 @@ import click
 from ray_stateful import listing, restore_cost, verify
 from ray_stateful.cli import tree
 from ray_stateful.cli.main import EXIT_FINDINGS
-from ray_stateful.cli.places import open_checkpoint, open_run, place
+from ray_stateful.cli.places import open_checkpoint, open_run, place, refuse_missing_bucket
 from ray_stateful.cli.rendering import age, as_json, finite, meter, say, size, table
 from ray_stateful.cli.tree import Summary
 
@@ -80,8 +80,10 @@ def inspect_(checkpoint: str, key: str | None, as_tree: bool, json_: bool) -> No
 def verify_(ctx: click.Context, checkpoint: str, full: bool, json_: bool) -> None:
     """Check CHECKPOINT: manifest, index and the sizes of its files; with --full, every byte. Exit code 1 if damaged."""
     storage, path = place(checkpoint)
-    total = sum(storage.sizes(path).values()) if full else 0
-    with meter("verify", total) as progress:
+    sizes = storage.sizes(path)
+    if not sizes:
+        refuse_missing_bucket(storage, path)
+    with meter("verify", sum(sizes.values()) if full else 0) as progress:
         result = verify.verify(storage, path, full=full, progress=progress)
     if json_:
         as_json({**_fields(result), "intact": not result.findings})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import posixpath
+from contextlib import suppress
 
 import pyarrow.fs
 
-from ray_stateful.errors import StorageError
+from ray_stateful.errors import DamagedCheckpoint, StorageError
 from ray_stateful.ray_train import SNAPSHOT, RayRun
 from ray_stateful.storage import opening
 from ray_stateful.storage.opening import OpenCheckpoint
@@ -34,7 +35,28 @@ def open_checkpoint(uri: str) -> tuple[RetryingStorage, OpenCheckpoint]:
         DamagedCheckpoint: there is none.
     """
     storage, path = place(uri)
-    return storage, opening.parse(opening.fetch_description(storage, path))
+    try:
+        raw = opening.fetch_description(storage, path)
+    except DamagedCheckpoint:
+        refuse_missing_bucket(storage, path)
+        raise
+    return storage, opening.parse(raw)
+
+
+def refuse_missing_bucket(storage: RetryingStorage, path: str) -> None:
+    """Say so if the bucket itself is not there: a store answers for any path in it that nothing is there.
+
+    Raises:
+        StorageError: there is no such bucket.
+    """
+    filesystem = getattr(storage.inner, "filesystem", None)
+    if not isinstance(filesystem, pyarrow.fs.FileSystem) or filesystem.type_name not in ("abfs", "gcs", "s3"):
+        return
+    bucket = path.lstrip("/").partition("/")[0]
+    # Who may not ask for the bucket may still read in it, so that says nothing.
+    with suppress(OSError):
+        if filesystem.get_file_info(bucket).type == pyarrow.fs.FileType.NotFound:
+            raise StorageError("find", bucket, "the bucket does not exist")
 
 
 class ListedRun(RayRun):
@@ -60,6 +82,7 @@ def open_run(uri: str) -> ListedRun:
     assert isinstance(filesystem, pyarrow.fs.FileSystem)
     run = ListedRun(storage, path, uri, filesystem)
     if not run.storage.directories(path) and not run.storage.sizes(path):
+        refuse_missing_bucket(storage, path)
         raise StorageError("list", path, "no such directory, or an empty one; a run is at <storage_path>/<run name>")
     if "manifest.json" in run.storage.sizes(path):
         raise ValueError(f"{uri} is a checkpoint, not a run; its run is {posixpath.dirname(uri.rstrip('/'))}")

@@ -49,6 +49,7 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(outcomes, name):
     outcome = outcomes[name]
 
     assert outcome["error"] in REFUSALS, f"{ATTACKS[name].tries}\n{outcome}"
+    assert outcome["commands"] == []
     assert not outcome["ran"]
     assert outcome["untouched"] or ATTACKS[name].late
     assert outcome["seconds"] < 20

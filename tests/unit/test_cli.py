@@ -437,6 +437,16 @@ def test_the_commands_work_on_an_object_store(tmp_path, s3_server, s3_environmen
     assert run_json("diff", where, where)["equal"]
 
 
+@pytest.mark.parametrize("command", ["ls", "inspect", "verify", "gc"])
+def test_a_bucket_that_does_not_exist_is_told_from_an_empty_directory(s3_server, s3_environment, command):
+    bucket = s3_server.make_bucket("there")
+    missing = run(command, s3_server.uri("nowhere/run"))
+
+    assert missing.exit_code == 2
+    assert "check the name of the bucket" in missing.stderr
+    assert "bucket" not in run(command, s3_server.uri(f"{bucket}/run")).stderr
+
+
 def save_to(uri):
     storage, path = resolve(uri)
     from ray_stateful.runs import DirectoryRun

@@ -133,7 +133,10 @@ def fetch_description(storage: Storage, path: str) -> RawCheckpoint:
     manifest = Manifest.from_json(data, posixpath.join(path, layout.MANIFEST))
     _check_name(path, manifest)
     sizes = {name: file.size for name, file in manifest.files.items()}
-    return RawCheckpoint(path=path, sizes=sizes, manifest=data, index=_read_bounded(storage, path, layout.INDEX, sizes))
+    _check_bounded(path, layout.INDEX, sizes)
+    # No more than that, however long the file is: these sizes are what the manifest claims.
+    found = _read(storage, path, layout.INDEX, sizes[layout.INDEX])
+    return RawCheckpoint(path=path, sizes=sizes, manifest=data, index=found)
 
 
 def read_manifest(storage: Storage, path: str) -> bytes:
@@ -250,9 +253,9 @@ def _check_bounded(path: str, name: str, sizes: Mapping[str, int]) -> None:
         raise HostileCheckpoint(posixpath.join(path, name), f"is {sizes[name]:,} bytes, for {others:,} bytes of items")
 
 
-def _read(storage: Storage, path: str, name: str) -> bytes:
+def _read(storage: Storage, path: str, name: str, length: int | None = None) -> bytes:
     where = posixpath.join(path, name)
     try:
-        return storage.read(where)
+        return storage.read(where, 0, length)
     except FileNotFoundError as error:
         raise DamagedCheckpoint(where, "the file is missing") from error

@@ -277,3 +277,21 @@ def test_a_gz_file_is_stored_as_it_is(s3):
 
     assert s3.read("bucket/gz/file.gz") == b"not compressed"
     assert s3.sizes("bucket/gz") == {"file.gz": 14}
+
+
+def test_a_first_read_past_the_end_opens_the_object_once_and_a_later_one_sees_that_it_grew(s3_server, s3_environment):
+    opened = []
+
+    class Counting(PyarrowStorage):
+        def _open_file(self, path):
+            opened.append(path)
+            return super()._open_file(path)
+
+    inner, path = resolve(s3_server.uri(f"{s3_server.make_bucket('once')}/object"))
+    storage = Counting(inner.inner.filesystem)
+    inner.write(path, b"short")
+
+    assert storage.read(path, 0, 1000) == b"short"
+    assert len(opened) == 1
+    inner.write(path, b"longer than that")
+    assert storage.read(path, 0, 1000) == b"longer than that"

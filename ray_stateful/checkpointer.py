@@ -31,7 +31,7 @@ from ray_stateful.storage.writer import DEFAULT_NUM_FILES
 
 logger = logging.getLogger(__name__)
 
-# With a version of Ray whose answer is a barrier, asking takes some tens of milliseconds.
+# Where Ray's answer is a barrier, and takes some tens of milliseconds. A worker that is told looks at every step.
 _ASK_PREEMPTION_EVERY_N_STEPS = 10
 
 # A save is taken to need this much longer than the last one did, before it is left out for lack of time.
@@ -101,7 +101,7 @@ class Checkpointer:
         self._save_s: float | None = None
         self._num_failed = 0
         self._preemption: ray_train.Preemption | None = None
-        self._preemption_saved: ray_train.Preemption | None = None
+        self._preemption_done: ray_train.Preemption | None = None
         self._metrics: Mapping[str, Any] | None = None
 
     def __enter__(self) -> Self:
@@ -207,7 +207,7 @@ class Checkpointer:
             reasons |= Reason.SECONDS
         if self._requested.is_set():
             reasons |= Reason.REQUEST
-        if self.step_count % _ASK_PREEMPTION_EVERY_N_STEPS == 0 and self._is_preempted():
+        if self._is_preempted():
             reasons |= Reason.PREEMPTION
         return reasons
 
@@ -242,7 +242,7 @@ class Checkpointer:
 
     def _saved(self, report: SaveReport) -> SaveReport:
         self._saved_step, self._saved_at_s, self._save_s = report.step, time.monotonic(), report.seconds
-        self._num_failed, self._preemption_saved = 0, self._preemption
+        self._num_failed, self._preemption_done = 0, self._preemption
         if self._orphans_after_s is not None:
             # After a save and not before: there is a newest checkpoint, and storage answers.
             after_s, self._orphans_after_s = self._orphans_after_s, None
@@ -267,8 +267,8 @@ class Checkpointer:
 
     def _is_preempted(self) -> bool:
         """Whether a node is to be taken away, and there is time to save; true until that was done."""
-        found = ray_train.preemption()
-        if found is None or found == self._preemption_saved:
+        found = ray_train.preemption(may_wait=self.step_count % _ASK_PREEMPTION_EVERY_N_STEPS == 0)
+        if found is None or found == self._preemption_done:
             return False
         self._preemption = found
         left_s = found.seconds_left()
@@ -282,6 +282,8 @@ class Checkpointer:
                 left_s,
                 needed_s,
             )
+            # There will not be more of it.
+            self._preemption_done = found
             return False
         return True
 

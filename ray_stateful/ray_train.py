@@ -254,17 +254,20 @@ class Preemption:
         return None if self.deadline_s is None else self.deadline_s - time.time()
 
 
-def preemption() -> Preemption | None:
+def preemption(*, may_wait: bool = True) -> Preemption | None:
     """The preemption that is coming, as this rank knows it; `None` if there is none, or outside of a Ray worker.
 
     One rank may hear of it a few milliseconds before another: whoever acts on it makes it one decision of all ranks
-    first. Where Ray's own barrier must be asked, the call is collective and takes tens of milliseconds; so all ranks
-    ask equally often, and every so many steps rather than at every one.
+    first.
+
+    Args:
+        may_wait: Whether to ask Ray's own barrier where a worker is not told by itself. That is collective, and takes
+            tens of milliseconds; so all ranks say the same here, and say yes every so many steps.
     """
     if "ray.train" not in sys.modules:
         return None
     try:
-        info = _preemption_info()
+        info = _preemption_info(may_wait)
     except (RuntimeError, DeprecationWarning):  # a driver; a trial of Ray Tune
         return None
     if info is None:
@@ -273,7 +276,7 @@ def preemption() -> Preemption | None:
     return Preemption(deadline_s, tuple(info.preempted_ranks))
 
 
-def _preemption_info() -> Any:
+def _preemption_info(may_wait: bool) -> Any:
     import ray.train
 
     try:
@@ -284,7 +287,7 @@ def _preemption_info() -> Any:
         return get_train_context().preemption_context.preemption_info
     except (ImportError, AttributeError, RuntimeError):  # another version of Ray; local mode
         ask = getattr(ray.train, "get_preemption_info", None)
-        return None if ask is None else ask()
+        return ask() if ask is not None and may_wait else None
 
 
 def _local_mode_run(name: str) -> LocalModeRun:

@@ -109,18 +109,41 @@ def test_a_save_is_due_when_its_seconds_have_passed_and_not_before(tmp_path):
 
 
 # A minute is left. What the last save took is what tells whether that is enough.
-@pytest.mark.parametrize(("last_save_s", "expected"), [(30.0, [1, 10]), (50.0, [1])])
+@pytest.mark.parametrize(("last_save_s", "expected"), [(30.0, [1, 2]), (50.0, [1])])
 def test_a_preemption_leads_to_one_save_and_to_none_that_could_not_be_finished(
     tmp_path, monkeypatch, caplog, last_save_s, expected
 ):
     # Ray's word of a drained node, which tests/ray/test_preemption.py gets from a real one.
     coming = ray_train.Preemption(time.time() + 60.0, (0,))
-    monkeypatch.setattr(ray_train, "preemption", lambda: coming)
+    monkeypatch.setattr(ray_train, "preemption", lambda *, may_wait: coming)
     saver = Checkpointer({"progress": Progress()}, at_end=False, run=str(tmp_path))
     saver.step_count = 1
     saver.save()
-    saver._preemption_saved, saver._save_s = None, last_save_s
+    saver._preemption_done, saver._save_s = None, last_save_s
     for _ in range(29):
         saver.step()
     assert steps_saved(tmp_path) == expected
     assert ("so none is begun" in caplog.text) == (expected == [1])
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["told by Ray", "another version of Ray"])
+def test_a_preemption_is_looked_for_at_every_step_and_rays_barrier_asked_at_every_tenth(tmp_path, monkeypatch, is_told):
+    import ray.train
+    from ray.train.v2._internal.execution import context
+
+    asked = []
+
+    class Told:
+        preemption_context = property(lambda self: asked.append("told") or type("None_", (), {"preemption_info": None}))
+
+    class Untold:
+        """As a Ray without the preemption context has it."""
+
+    # What a worker of Ray Train would find; tests/ray/test_preemption.py asks a real one.
+    monkeypatch.setattr(context, "get_train_context", Told if is_told else Untold)
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: asked.append("barrier"), raising=False)
+    saver = Checkpointer({"progress": Progress()}, at_end=False, run=str(tmp_path))
+    for _ in range(20):
+        saver.step()
+
+    assert asked == ["told"] * 20 if is_told else ["barrier"] * 2

@@ -205,6 +205,31 @@ def restore_named(run):
     return weights
 
 
+def resize_while_one_is_in_flight(run):
+    """A resize is asked for while rank 1 can't write; storage is freed only when the other rank stands waiting."""
+    storage, path = resolve(run)
+    slow = FaultyStorage(storage.inner, [Hang("sink.write", rank=1)])
+    checkpointer = Checkpointer(
+        {"counter": Counter()}, every_n_steps=2, background=True, run=DirectoryRun(slow, path, run), timeout_s=30
+    )
+    checkpointer.step()
+    checkpointer.step()
+    before = steps_saved(run)
+    # The limit is how long the training thread waits to be taken down, once it has saved.
+    save_requests.ask(1, "resize of 2 to 3 workers", 0.0)
+    free = threading.Timer(0.2, slow.release)
+    free.start()
+    report = checkpointer.step()
+    free.join()
+    return before, report.step, checkpointer.step_count
+
+
+def test_a_resize_waits_for_the_save_in_flight_and_is_saved_in_the_foreground_after_it(tmp_path):
+    assert run_ranks(2, resize_while_one_is_in_flight, str(tmp_path)) == [([], 3, 3)] * 2
+    assert steps_saved(tmp_path) == [2, 3]
+    assert run_ranks(1, restore_named, str(tmp_path))[0] == {2: 1 + 2, 3: 1 + 2 + 3}
+
+
 def fail_in_the_background(run, soft_fail):
     storage, path = resolve(run)
     faulty = FaultyStorage(storage.inner, [Fail("publish", rank=1)])

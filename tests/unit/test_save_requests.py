@@ -33,13 +33,15 @@ def test_whoever_asks_hears_whether_the_training_loop_listens():
 
 
 def test_a_rank_that_holds_says_what_it_saved_and_goes_on_at_the_end_of_its_patience():
-    ask(1, "resize", 0.5)
+    ask(1, "resize", 60.0)
     assert wait_until_held(1, 0.0) is None
     training = threading.Thread(target=hold, args=(1, "checkpoint_s0000000007_abcdef"))
     training.start()
 
     assert wait_until_held(1, 30.0) == Held(1, "checkpoint_s0000000007_abcdef")
     assert training.is_alive()
+    # Its patience is at an end when the limit says so, and not before this thread has looked.
+    ask(1, "resize", 0.0)
     training.join(30.0)
     assert not training.is_alive()
     # It trains again: what it saved is no longer all it did.
@@ -58,9 +60,11 @@ def test_a_rank_may_serve_a_request_that_reaches_it_later_and_takes_its_patience
 
 
 def test_an_answer_to_an_earlier_request_is_none_to_a_later_one():
-    ask(1, "resize", 0.5)
+    ask(1, "resize", 60.0)
     training = threading.Thread(target=hold, args=(1, "name"))
     training.start()
     assert wait_until_held(1, 30.0) is not None
     assert wait_until_held(2, 0.01) is None
+    ask(1, "resize", 0.0)
     training.join(30.0)
+    assert not training.is_alive()

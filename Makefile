@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint types unit test demo demo-elastic clean
+.PHONY: help install lint types docs test demo demo-elastic soak bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,7 +27,11 @@ lint: $(INSTALLED)  ## Lint and check the format
 types: $(INSTALLED)  ## Check the types of the package, strictly
 	$(BIN)/mypy
 
-test: lint types  ## Lint, types, and every test
+# Fresh each time: what the commands and docstrings on its pages say is not among the files that Sphinx looks at.
+docs: $(INSTALLED)  ## Build the documentation to site/; warnings are errors
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -d build/doctrees docs site
+
+test: lint types docs  ## Lint, types, documentation, and every test
 	$(BIN)/python -m pytest
 
 demo: $(INSTALLED)  ## Train, lose a worker, go on with 3, stop, resume on 1; draws demo.png
@@ -52,4 +56,4 @@ build/peers: constraints.txt
 	touch $@
 
 clean:  ## Remove what the commands above made
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

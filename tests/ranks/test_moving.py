@@ -1,0 +1,68 @@
+"""Coming from Ray's documented recipe: DCP, a temporary directory, one object with model and optimizer in it."""
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from ray_stateful import ModelState, OptimizerState, restore, save
+from ray_stateful.testing import run_ranks
+
+
+class AppState:
+    def __init__(self, model, optimizer, epoch=0):
+        self.model, self.optimizer, self.epoch = model, optimizer, epoch
+
+    def state_dict(self):
+        model, optim = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optim": optim, "epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+        self.epoch = state["epoch"]
+
+
+def build(seed):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 16), torch.nn.GELU(), torch.nn.Linear(16, 1))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def whole(model, optimizer):
+    tensors = dict(model.state_dict())
+    for name, parameter in model.named_parameters():
+        tensors |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return {key: getattr(value, "full_tensor", value.clone)() for key, value in tensors.items()}
+
+
+def save_as_the_recipe_does(path):
+    model, optimizer = build(seed=1)
+    model(torch.randn(8, 7)).pow(2).mean().backward()
+    optimizer.step()
+    dcp.save({"app": AppState(model, optimizer, epoch=4)}, checkpoint_id=path)
+    return whole(model, optimizer)
+
+
+def go_on_from_it(path, run):
+    model, optimizer = build(seed=2)
+    app = AppState(model, optimizer)
+    restore({"app": app}, checkpoint=path, run=run, timeout_s=60)
+    save({"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}, step=1, run=run, timeout_s=60)
+
+    fresh, fresh_optimizer = build(seed=3)
+    state = {"model": ModelState(fresh), "optimizer": OptimizerState(fresh, fresh_optimizer)}
+    report = restore(state, run=run, timeout_s=60)
+    return app.epoch, report.verified, whole(fresh, fresh_optimizer)
+
+
+def test_a_checkpoint_of_rays_recipe_is_gone_on_from_on_another_number_of_workers_bit_for_bit(tmp_path):
+    expected, *_ = run_ranks(2, save_as_the_recipe_does, str(tmp_path / "old"))
+
+    for outcome in run_ranks(3, go_on_from_it, str(tmp_path / "old"), str(tmp_path / "new")):
+        epoch, verified, found = outcome
+        assert (epoch, verified) == (4, True)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)

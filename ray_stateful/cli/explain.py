@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, UnknownFormat
+from ray_stateful.storage.uris import without_credentials
 
 # What the clients of the stores say when they have no credentials, wrong ones, or no permission.
 _DENIED = re.compile(
@@ -22,6 +23,7 @@ _NO_SCHEME = re.compile(r"Unrecognized filesystem type", re.IGNORECASE)
 def explain(error: BaseException) -> str:
     """What went wrong, and what to do about it."""
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+    text = without_credentials(text)
     advice = _advice(error, text)
     return f"{text}: {advice}" if advice else text
 

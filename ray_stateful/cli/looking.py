@@ -12,6 +12,7 @@ from ray_stateful.cli.main import EXIT_FINDINGS
 from ray_stateful.cli.places import open_checkpoint, open_run, place, refuse_missing_bucket
 from ray_stateful.cli.rendering import age, as_json, finite, meter, say, size, table
 from ray_stateful.cli.tree import Summary
+from ray_stateful.storage.uris import without_credentials
 
 json_option = click.option("--json", "json_", is_flag=True, help="Print JSON instead of text.")
 
@@ -24,10 +25,15 @@ def ls_(run: str, json_: bool) -> None:
     found = open_run(run)
     entries = listing.entries(found.storage, found.path, found.known_to_ray())
     if json_:
-        as_json({"run": run, "checkpoints": [{**_fields(entry), "orphan": entry.is_orphan} for entry in entries]})
+        as_json(
+            {
+                "run": without_credentials(run),
+                "checkpoints": [{**_fields(entry), "orphan": entry.is_orphan} for entry in entries],
+            }
+        )
         return
     if not entries:
-        say(f"{run} has no checkpoints of this package")
+        say(f"{found.uri} has no checkpoints of this package")
         return
     rows = [
         (
@@ -57,9 +63,15 @@ def inspect_(checkpoint: str, key: str | None, as_tree: bool, json_: bool) -> No
     if json_:
         manifest = opened.manifest
         head = {} if manifest is None else {k: v for k, v in _fields(manifest).items() if k != "files"}
-        as_json({"checkpoint": checkpoint, **head, "entries": [_fields(summary) for summary in summaries]})
+        as_json(
+            {
+                "checkpoint": without_credentials(checkpoint),
+                **head,
+                "entries": [_fields(summary) for summary in summaries],
+            }
+        )
         return
-    for line in tree.heading(opened, checkpoint):
+    for line in tree.heading(opened, without_credentials(checkpoint)):
         say(line)
     say("")
     if as_tree:
@@ -122,7 +134,7 @@ def diff_(ctx: click.Context, first: str, second: str, json_: bool) -> None:
     else:
         for side, keys in ((first, result.only_in_first), (second, result.only_in_second)):
             for key in keys:
-                say(f"only in {side}: {key}")
+                say(f"only in {without_credentials(side)}: {key}")
         for changed in result.changed:
             say(f"{changed.key}: {changed.first} became {changed.second}")
         for key in result.values:
@@ -156,7 +168,8 @@ def plan_(checkpoint: str, workers: int, json_: bool) -> None:
     costs = restore_cost.costs(opened, workers)
     read, wanted = sum(cost.bytes_read for cost in costs), sum(cost.bytes_wanted for cost in costs)
     if json_:
-        as_json({"checkpoint": checkpoint, "workers": workers, "bytes_read": read, "ranks": list(map(_fields, costs))})
+        where, ranks = without_credentials(checkpoint), list(map(_fields, costs))
+        as_json({"checkpoint": where, "workers": workers, "bytes_read": read, "ranks": ranks})
         return
     table(
         ("RANK", "NEEDS", "READS", "REQUESTS"),

@@ -12,6 +12,7 @@ from ray_stateful.cli.places import open_checkpoint, place
 from ray_stateful.cli.rendering import as_json, meter, say, size
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.layout import MAX_STEP
+from ray_stateful.storage.uris import without_credentials
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)B?", re.IGNORECASE)
 
@@ -83,6 +84,7 @@ def export_(
             result = export_torch.to_torch(storage, opened, out_storage, out_path, part, dtype=dtype, progress=progress)
         else:
             result = export.to_dcp(storage, opened, out_storage, out_path, part, progress=progress)
+    out = without_credentials(out)
     if json_:
         as_json({"out": out, **dataclasses.asdict(result)})
         return

@@ -12,7 +12,7 @@ from ray_stateful.ray_train import SNAPSHOT, RayRun
 from ray_stateful.storage import opening
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.retries import RetryingStorage, RetryPolicy
-from ray_stateful.storage.uris import resolve
+from ray_stateful.storage.uris import resolve, without_credentials
 
 # A person waits in front of it: a store that is down for longer is reported, not waited for.
 _POLICY = RetryPolicy(budget_s=15.0)
@@ -80,6 +80,7 @@ def open_run(uri: str) -> ListedRun:
     storage, path = place(uri)
     filesystem = getattr(storage.inner, "filesystem", None)
     assert isinstance(filesystem, pyarrow.fs.FileSystem)
+    uri = without_credentials(uri)
     run = ListedRun(storage, path, uri, filesystem)
     if not run.storage.directories(path) and not run.storage.sizes(path):
         refuse_missing_bucket(storage, path)

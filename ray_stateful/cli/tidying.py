@@ -49,7 +49,8 @@ def gc_(ctx: click.Context, run: str, dry_run: bool, older_than: float, json_: b
     if not dry_run:
         gone, kept = orphans.delete(found, gone)
     if json_:
-        as_json({"run": run, "dry_run": dry_run, "orphans": [dataclasses.asdict(one) for one in gone], "kept": kept})
+        found_orphans = [dataclasses.asdict(one) for one in gone]
+        as_json({"run": found.uri, "dry_run": dry_run, "orphans": found_orphans, "kept": kept})
     else:
         if gone:
             rows = [(one.name, age(one.changed_s), size(one.num_bytes), str(one.num_files)) for one in gone]

@@ -9,9 +9,8 @@ key, one copy for all ranks, and gets back what was saved, structure and all. Sa
 Any part may also have
 
     describe() -> str                             one line for the resume report, asked after it was loaded
-    check_saved(saved) -> tuple[str, ...]         what keeps `saved` (tensors in it not yet filled) from being
-    loaded, one
-                                                  line each; asked before anything is loaded
+    check_saved(saved) -> tuple[str, ...]         what keeps `saved` (tensors in it not yet filled) from being loaded,
+                                                  one line each; asked before anything is loaded
     on_step(step=...) -> None                     told by `Checkpointer.step` that an optimizer step was completed
     samples: int                                  samples trained so far, for the manifest
 """

@@ -53,10 +53,13 @@ def with_timeouts(filesystem: pyarrow.fs.FileSystem) -> pyarrow.fs.FileSystem:
 
 
 def without_credentials(uri: str) -> str:
-    """`uri`, to be shown and kept: without the secrets that pyarrow takes before the host, or in an Azure query."""
+    """`uri`, or a text with one in it, to be shown and kept: without the secrets that pyarrow takes in it.
+
+    They stand before the host, or in the query of an Azure URI.
+    """
     # "container@account", without a colon, is where an Azure blob is.
-    uri = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/?#:@]*:[^/?#]*@", r"\1", uri)
-    return re.sub(r"([?&](?:client_secret|sig)=)[^&#]*", r"\1***", uri)
+    uri = re.sub(r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^/?#:@\s]*:[^/?#\s]*@", r"\1", uri)
+    return re.sub(r"([?&](?:client_secret|sig)=)[^&#\s]*", r"\1***", uri)
 
 
 def below(uri: str, name: str) -> str:

@@ -448,6 +448,31 @@ def test_the_commands_work_on_an_object_store(tmp_path, s3_server, s3_environmen
     assert run_json("diff", where, where)["equal"]
 
 
+def test_no_command_prints_the_secret_of_a_uri(s3_server, s3_environment):
+    bucket = s3_server.make_bucket("secret")
+    save(s3_server.uri(f"{bucket}/run"), 1)
+    with_secret = s3_server.uri(f"{bucket}/run").replace("s3://", "s3://test:hushhush@")
+    listed = run("ls", with_secret, "--json")
+    name = json.loads(listed.stdout)["checkpoints"][0]["name"]
+    one = with_secret.replace("/run", f"/run/{name}", 1)
+    out, empty = with_secret.replace("/run", "/weights", 1), with_secret.replace("/run", "/empty", 1)
+    printed = [
+        listed,
+        run("inspect", one),
+        run("inspect", one, "--json"),
+        run("plan", one, "--workers", "2", "--json"),
+        run("diff", one, one),
+        run("verify", one),
+        run("export", one, out, "--format", "safetensors"),
+        run("gc", with_secret, "--dry-run", "--json"),
+        run("ls", empty),
+        run("ls", one),
+        run("inspect", empty),
+    ]
+    assert [result.exit_code for result in printed] == [0] * 8 + [2] * 3
+    assert not any("hushhush" in result.stdout + result.stderr for result in printed)
+
+
 @pytest.mark.parametrize("command", ["ls", "inspect", "verify", "gc"])
 def test_a_bucket_that_does_not_exist_is_told_from_an_empty_directory(s3_server, s3_environment, command):
     bucket = s3_server.make_bucket("there")

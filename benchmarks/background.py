@@ -3,20 +3,25 @@
 Two trainings are measured with and without saves. In one, steps wait for a device, as on a machine with accelerators:
 the host is idle. In the other, steps are arithmetic on every core of this machine: whatever a save computes, training
 loses.
+
+A third one says what the thread costs that writes: its steps are Python and nothing else, so that they stand still
+whenever that thread holds the interpreter's lock; and the same saves are made by another process, for comparison.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import time
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from benchmarks import states
-from benchmarks.measuring import Ratio, ratio
+from benchmarks.measuring import Ratio, ratio, seconds_of
 from benchmarks.peers import Place, fresh_directory
 from benchmarks.settings import Settings
 from benchmarks.states import Size
@@ -37,6 +42,7 @@ def run(settings: Settings, place: Place) -> tuple[list[Row], list[Ratio]]:
         if isinstance(outcome, BaseException):
             raise outcome
     rows: list[Row] = [row for of_rank in outcomes for row in of_rank]
+    rows += _in_python(few, place, settings.repeats)
     for row in rows:
         print("  " + "  ".join(f"{name} {_shown(value)}" for name, value in row.items()), flush=True)
     found = []
@@ -52,6 +58,11 @@ def run(settings: Settings, place: Place) -> tuple[list[Row], list[Ratio]]:
         of_kind = [row for row in rows if row["what"] == "training" and row["steps"] == kind]
         speeds = {saves: [row["steps_per_s"] for row in of_kind if row["saves"] == saves] for saves in (True, False)}
         found.append(ratio(name, speeds[True], speeds[False], target=target))
+    steps = {who: seconds_of(rows, what="steps in Python", saved_by=who) for who in ("nobody", "thread", "process")}
+    found += [
+        ratio("background.python_steps.thread", steps["nobody"], steps["thread"]),
+        ratio("background.python_steps.process", steps["nobody"], steps["process"]),
+    ]
     return rows, found
 
 
@@ -155,6 +166,71 @@ def _training(
             "seconds": seconds,
         }
     ]
+
+
+def _in_python(size: Size, place: Place, repeats: int) -> list[Row]:
+    """Seconds of a number of steps that hold the interpreter's lock, while one save is written by nobody, a thread of
+    this process, or another process. One rank: the other core is free to write."""
+    _world_of_one()
+    fresh_directory(place)
+    model, optimizer = states.build(size)
+    state = {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_save_on_demand, args=(theirs, size, place), daemon=True)
+    process.start()
+    rows: list[Row] = []
+    with Checkpointer(state, background=True, at_end=False, run=place.below("thread").uri) as checkpointer:
+        for repeat in range(repeats + 1):
+            for who in ("nobody", "thread", "process"):
+                if who == "thread":
+                    checkpointer.request_save()
+                    checkpointer.step()
+                elif who == "process":
+                    ours.send("save")
+                began = time.perf_counter()
+                for _ in range(_PYTHON_STEPS):
+                    _python_step()
+                seconds = time.perf_counter() - began
+                checkpointer.wait()
+                if who == "process":
+                    ours.recv()
+                # The first save of each plans, makes its buffers, and imports.
+                if repeat > 0:
+                    row = {"part": "background", "what": "steps in Python", "saved_by": who, "repeat": repeat - 1}
+                    rows.append({**row, "seconds": seconds})
+    ours.send(None)
+    process.join(60)
+    dist.destroy_process_group()
+    return rows
+
+
+def _world_of_one() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _save_on_demand(connection: Connection, size: Size, place: Place) -> None:
+    """A process with a state of its own, which saves it whenever it is told to."""
+    _world_of_one()
+    model, optimizer = states.build(size)
+    state = {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}
+    checkpointer = Checkpointer(state, at_end=False, run=place.below("process").uri)
+    while connection.recv() is not None:
+        checkpointer.step_count += 1
+        checkpointer.save()
+        connection.send("saved")
+
+
+# About a second and a half: some longer than one save takes.
+_PYTHON_STEPS = 150
+
+
+def _python_step() -> int:
+    """Some ten milliseconds of nothing but Python."""
+    total = 0
+    for number in range(150_000):
+        total += number & 7
+    return total
 
 
 def _compute(matrix: torch.Tensor, seconds: float) -> None:

@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from typing_extensions import Buffer
 
-from ray_stateful import hf_layout, slabs
+from ray_stateful import slabs
 from ray_stateful.errors import DamagedCheckpoint
-from ray_stateful.format import layout
+from ray_stateful.format import hf_layout, layout
 from ray_stateful.format.checksums import RunningChecksum
 from ray_stateful.format.dtypes import ITEM_BYTES
+from ray_stateful.format.hf_layout import Weight
 from ray_stateful.format.index import StoredChunk
-from ray_stateful.hf_layout import Weight
 from ray_stateful.storage import dcp_metadata
 from ray_stateful.storage.base import Sink, Storage
 from ray_stateful.storage.opening import OpenCheckpoint

@@ -16,7 +16,7 @@ from ray_stateful import slabs
 from ray_stateful.export import Exported, weight_of
 from ray_stateful.format import values
 from ray_stateful.format.chunks import span_of
-from ray_stateful.hf_layout import Weight
+from ray_stateful.format.hf_layout import Weight
 from ray_stateful.storage.base import Sink, Storage
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.reader import value_of

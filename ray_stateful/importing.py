@@ -9,11 +9,9 @@ import math
 import posixpath
 import secrets
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.fs
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -26,19 +24,17 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from ray_stateful import hf_layout
-from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint
 from ray_stateful.format import layout
-from ray_stateful.format.chunks import Box, span_of, split
+from ray_stateful.format.chunks import Box, split
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.index import KeyPath, StoredChunk
 from ray_stateful.format.layout import CheckpointName
-from ray_stateful.storage import commit, opening
+from ray_stateful.storage import commit, weights
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.commit import Description
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.reader import read_requests, value_of
-from ray_stateful.storage.reading import Request, read_exactly
+from ray_stateful.storage.reading import Request
 from ray_stateful.storage.writer import DEFAULT_NUM_FILES, CheckpointWriter
 
 # Of one piece of a tensor; as many of them are in memory as files are written at a time.
@@ -97,33 +93,8 @@ def find(storage: Storage, path: str, part: str = "model") -> Source:
     Raises:
         DamagedCheckpoint: there is nothing of these kinds; or it can't be read.
     """
-    if path.endswith(hf_layout.SUFFIX):
-        directory, name = posixpath.split(path)
-        return _of_safetensors(storage, directory, [name], part)
-    sizes = _sizes(storage, path)
-    indexes = sorted(name for name in sizes if name.endswith(hf_layout.INDEX_SUFFIX))
-    if len(indexes) > 1:
-        raise DamagedCheckpoint(path, f"has {len(indexes)} indexes of safetensors; name one file or another directory")
-    if indexes:
-        where = posixpath.join(path, indexes[0])
-        if sizes[indexes[0]] > hf_layout.MAX_HEADER_BYTES:
-            raise HostileCheckpoint(where, f"an index of {sizes[indexes[0]]:,} bytes")
-        files = hf_layout.weight_map(storage.read(where), where)
-        found = _of_safetensors(storage, path, sorted(set(files.values())), part)
-        # A file of another model, or of another version of it, has its place and none of its tensors.
-        missing = sorted(files.keys() - {str(entry.path[1]) for entry in found.entries})
-        if missing:
-            raise DamagedCheckpoint(
-                where, f"names {len(missing)} tensors that are in no file, {missing[0]!r} among them"
-            )
-        return found
-    names = sorted(name for name in sizes if name.endswith(hf_layout.SUFFIX))
-    if names:
-        return _of_safetensors(storage, path, names, part)
-    if layout.DCP_METADATA not in sizes and layout.MANIFEST not in sizes:
-        raise DamagedCheckpoint(path, "nothing to import: neither safetensors nor a DCP checkpoint is there")
-    opened = opening.parse(opening.fetch(storage, path))
-    return _of_checkpoint(storage, opened, part)
+    opened = weights.parse(weights.fetch(storage, path))
+    return _source(storage, opened if weights.has_parts(opened) else weights.below(opened, part))
 
 
 def import_checkpoint(
@@ -205,87 +176,32 @@ def _plan(found: Sequence[Entry]) -> tuple[SavePlan, Metadata]:
     return SavePlan(items), Metadata(metadata, planner_data={entry.key: entry.path for entry in found})
 
 
-def _of_safetensors(storage: Storage, directory: str, names: list[str], part: str) -> Source:
-    sizes = _sizes(storage, directory)
-    found: dict[str, Entry] = {}
-    for name in names:
-        where = posixpath.join(directory, name)
-        if name not in sizes:
-            raise DamagedCheckpoint(where, "the file is missing")
-        length = hf_layout.header_bytes(storage.read(where, 0, 8), sizes[name], where)
-        for weight in hf_layout.parse_header(storage.read(where, 8, length), sizes[name], where):
-            if weight.name in found:
-                raise DamagedCheckpoint(where, f"{weight.name!r} is in another file as well")
-            found[weight.name] = Entry(
-                path=(part, weight.name),
-                dtype=weight.dtype,
-                shape=weight.shape,
-                boxes=_pieces(weight),
-                read=_reader(storage, directory, name, weight),
-            )
-    return Source(entries=tuple(found.values()))
-
-
-def _sizes(storage: Storage, path: str) -> dict[str, int]:
-    """The files of a directory; also weights behind links, which is how the cache of Hugging Face keeps them."""
-    sizes = dict(storage.sizes(path))
-    filesystem = getattr(getattr(storage, "inner", storage), "filesystem", None)
-    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-        with suppress(NotADirectoryError):
-            for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True)):
-                if info.is_file and info.base_name.endswith((hf_layout.SUFFIX, hf_layout.INDEX_SUFFIX)):
-                    sizes.setdefault(info.base_name, info.size)
-    return sizes
-
-
-def _pieces(weight: hf_layout.Weight) -> tuple[Box, ...]:
-    whole = Box((0,) * len(weight.shape), weight.shape)
-    if whole.num_elements == 0:
-        return (whole,)
-    return tuple(split(whole, weight.shape, max(1, MAX_PIECE_BYTES // ITEM_BYTES[weight.dtype]), 0))
-
-
-def _reader(storage: Storage, directory: str, name: str, weight: hf_layout.Weight) -> Callable[[Box], torch.Tensor]:
-    dtype, item_bytes = getattr(torch, weight.dtype), ITEM_BYTES[weight.dtype]
-
-    def read(box: Box) -> torch.Tensor:
-        if box.num_elements == 0:
-            return torch.empty(box.sizes, dtype=dtype)
-        # A piece is one run of the tensor's elements.
-        first, stop = span_of(box, weight.shape)
-        begin = weight.offset + first * item_bytes
-        data = bytearray(read_exactly(storage, directory, name, begin, weight.offset + stop * item_bytes))
-        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(box.sizes)
-
-    return read
-
-
-def _of_checkpoint(storage: Storage, opened: OpenCheckpoint, part: str) -> Source:
-    # `dcp.save(model.state_dict())` has no parts, and what has some has more than one step on every path.
-    flat = any(len(row.path) < 2 for row in opened.first_rows())
-
-    def entry(key: str) -> Entry:
-        chunks = opened.chunks[key]
-        by_box = {chunk.box: chunk for chunk in chunks}
-
-        def read(box: Box) -> Any:
-            chunk = by_box[box]
-            if chunk.dtype is None:
-                return value_of(storage, opened.path, chunk)
-            tensor = torch.empty(box.sizes, dtype=getattr(torch, chunk.dtype))
-            read_requests(storage, opened.path, {"": [Request(chunk, box.relative_to(box), tensor)]}, None)
-            return tensor
-
-        return Entry(
-            path=(part, *chunks[0].path) if flat else chunks[0].path,
-            dtype=chunks[0].dtype,
-            shape=chunks[0].shape,
-            boxes=tuple(by_box),
-            read=read,
-        )
-
+def _source(storage: Storage, opened: OpenCheckpoint) -> Source:
     return Source(
-        entries=tuple(entry(key) for key in sorted(opened.chunks)),
+        entries=tuple(_entry(storage, opened.path, opened.chunks[key]) for key in sorted(opened.chunks)),
         trees=tuple(opened.trees.values()),
         verified=opened.manifest is not None,
     )
+
+
+def _entry(storage: Storage, path: str, chunks: Sequence[StoredChunk]) -> Entry:
+    first = chunks[0]
+    # A tensor of a safetensors file is one chunk, of any size; those of a checkpoint stay as they are.
+    pieces = {box: chunk for chunk in chunks for box in ([chunk.box] if chunk.checksums else _pieces(chunk))}
+
+    def read(box: Box) -> Any:
+        chunk = pieces[box]
+        if chunk.dtype is None:
+            return value_of(storage, path, chunk)
+        tensor = torch.empty(box.sizes, dtype=getattr(torch, chunk.dtype))
+        read_requests(storage, path, {"": [Request(chunk, box.relative_to(chunk.box), tensor)]}, None)
+        return tensor
+
+    return Entry(path=first.path, dtype=first.dtype, shape=first.shape, boxes=tuple(pieces), read=read)
+
+
+def _pieces(chunk: StoredChunk) -> Sequence[Box]:
+    whole = chunk.box
+    if chunk.dtype is None or chunk.data_offset < 0 or whole.num_elements == 0:
+        return [whole]
+    return list(split(whole, chunk.shape, max(1, MAX_PIECE_BYTES // ITEM_BYTES[chunk.dtype]), 0))

@@ -75,7 +75,7 @@ def read(storage: Storage, path: str, requests: Iterable[Request]) -> ReadStatis
         for dim, (offset, size) in enumerate(zip(request.box.offsets, request.box.sizes, strict=True)):
             tensor = tensor.narrow(dim, offset, size)
         request.into.detach().copy_(tensor)
-        wanted = request.into.numel() * request.into.element_size()
+        wanted = request.box.num_elements * ITEM_BYTES[chunk.dtype or ""]
         statistics += ReadStatistics(chunk.item_length, wanted, 1)
     return statistics
 

@@ -16,10 +16,10 @@ import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from ray_stateful import checkpoint, hf_layout
+from ray_stateful import checkpoint
 from ray_stateful.cli.main import main
 from ray_stateful.errors import HostileCheckpoint
-from ray_stateful.format import layout
+from ray_stateful.format import hf_layout, layout
 from ray_stateful.stateful_wrappers import ModelState
 from tests.ranks import peft_models
 

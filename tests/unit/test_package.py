@@ -18,10 +18,11 @@ ROOT = Path(ray_stateful.__file__).parent
 # From the top down: a module imports from its own layer and from those below it, never from above.
 LAYERS = [
     {"cli", "testing"},
-    {"diff", "export", "export_torch", "hf_layout", "importing", "listing", "restore_cost", "slabs", "verify"},
+    {"diff", "export", "export_torch", "importing", "listing", "restore_cost", "slabs", "verify"},
     {"checkpointer"},
     {"background", "decisions", "orphans"},
     {"checkpoint"},
+    {"initial"},
     {"restoring"},
     {"outcomes"},
     {"filling"},

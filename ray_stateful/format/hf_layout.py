@@ -25,6 +25,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 # The library's own limit.
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMS = 64
 
 DTYPES = {
     "bfloat16": "BF16",
@@ -144,14 +145,16 @@ def parse_header(text: bytes, file_bytes: int, where: str) -> list[Weight]:
 def _weight(name: str, entry: Any) -> Weight:
     if set(entry) != {"dtype", "shape", "data_offsets"} or entry["dtype"] not in _TORCH_NAMES:
         raise ValueError(f"{name!r} is described as {str(entry)[:100]}")
-    numbers = [*entry["shape"], *entry["data_offsets"]]
-    if (
-        len(entry["data_offsets"]) != 2
-        or any(type(number) is not int or not 0 <= number < 2**62 for number in numbers)
-        or len(entry["shape"]) > 64
-    ):
-        raise ValueError(f"{name!r} has shape {entry['shape']} at {entry['data_offsets']}")
-    return Weight(name, _TORCH_NAMES[entry["dtype"]], tuple(entry["shape"]))
+    # A name goes into messages; half a surrogate pair, which JSON allows, can't be printed.
+    name.encode()
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if type(shape) is not list or len(shape) > MAX_DIMS or type(offsets) is not list or len(offsets) != 2:
+        raise ValueError(f"{name!r} has shape {str(shape)[:100]} at {str(offsets)[:100]}")
+    absurd = any(type(number) is not int or not 0 <= number < 2**62 for number in [*shape, *offsets])
+    # Also where a size is 0: strides multiply the others.
+    if absurd or math.prod(max(size, 1) for size in shape) * 16 > 2**62:
+        raise ValueError(f"{name!r} has shape {str(shape)[:100]} at {str(offsets)[:100]}")
+    return Weight(name, _TORCH_NAMES[entry["dtype"]], tuple(shape))
 
 
 def index(files: Mapping[str, Sequence[Weight]]) -> bytes:

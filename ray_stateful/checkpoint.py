@@ -19,6 +19,7 @@ Restoring
   3. (all)     read this rank's shards and nothing else, each block checked before it is copied
   4. (all)     share outcomes: one rank's damaged byte makes all ranks take the next candidate
   5. (all)     hand the values to each part; random streams last
+  Without any candidate: 2 to 5 for the models alone, from the initial weights, if there are some (`initial.py`)
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ray_stateful import initial as initial_weights
 from ray_stateful import parts, ray_train, restoring
 from ray_stateful.errors import NoIntactCheckpoint, ReportFailed, SaveFailed, UnevenSteps, UnsupportedState
 from ray_stateful.format.layout import MAX_STEP, CheckpointName
@@ -268,6 +270,7 @@ def restore(
     *,
     checkpoint: Any = None,
     verify: Literal["touched", "full"] = "touched",
+    initial: Any = None,
     run: Run | str | None = None,
     limits: ReadLimits | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -282,29 +285,41 @@ def restore(
             this run.
         verify: "touched" checks the bytes that are read, block by block, as they are copied into the state's tensors.
             "full" checks every byte of every file before anything is loaded, and so reads twice.
+        initial: Weights to begin from when the run has no checkpoint yet: a `ray.train.Checkpoint`, a URI or path, of
+            safetensors in the Hugging Face layout (one file, or a directory) or of a checkpoint, also of stock DCP.
+            They are the model's alone: all other parts stay as they are, and the run is at step 0. Floating-point
+            tensors are cast to the model's dtype. `ModelState(skip_task_head_prefixes=...)` says which heads they lack.
         run: Where to look: a directory or URI. By default the Ray Train run this worker belongs to.
         limits: How much is read at a time.
         timeout_s: How long this rank waits for the others in any one step.
 
     Returns:
-        What was restored and how, or `None` when the run has no checkpoint yet.
+        What was restored and how (`report.initial`: from initial weights), or `None` when the run has no checkpoint
+        yet, and no initial weights were given.
 
     Raises:
+        ValueError: `initial` is given together with `checkpoint`, without a `ModelState` in the state, or not the same
+            on all ranks.
         StateMismatch: on every rank, before anything is loaded; lists every missing, unexpected and misshapen key.
         ResizeRefused: on every rank, before anything is loaded; a part has no rule for this number of workers.
         NoIntactCheckpoint: on every rank; there are checkpoints, and none passed verification. Tensors may hold a
-            mixture by then.
+            mixture by then. Initial weights are no way out of that.
+        NoInitialWeights: on every rank; there is no checkpoint, and `initial` is damaged, or names nothing of its kind.
         RankFailed: on every rank; some rank could not read for another reason than damage.
         RankTimeout: a rank did not arrive in time.
     """
     if verify not in ("touched", "full"):
         raise ValueError(f"verify is {verify!r}; 'touched' checks what is read, 'full' every byte")
-    outcome = Outcome()
+    outcome, weights = Outcome(), 0
     with outcome.catch():
         parts.check(state)
+        if initial is not None:
+            initial_weights.check(state, checkpoint)
+        weights = initial_weights.digest(initial)
     ranks = Ranks.of_world(timeout_s)
-    everyone = _compare_parts(ranks, "compare parts", state, outcome, 0)
+    everyone = _compare_parts(ranks, "compare parts", state, outcome, weights)
     _refuse_different_parts(state, [names for _, names in everyone])
+    initial_weights.refuse_different(initial, [weights for weights, _ in everyone])
     run = ray_train.find_run(run)
     run, names = restoring.candidates(run, checkpoint, ranks)
     rejected: dict[str, str] = {}
@@ -317,21 +332,27 @@ def restore(
             if ranks.rank == 0:
                 logger.warning("checkpoint %s can't be used, taking the next older one: %s", name, error)
             continue
-        if ranks.rank == 0:
-            logger.info("%s", report)
-            if not logger.isEnabledFor(logging.INFO):
-                # Outside of Ray, whose workers log at this level, nobody would see it.
-                print(report, flush=True)
-        return report
+        return _announced(report, ranks)
     if rejected:
         raise NoIntactCheckpoint(run.uri, rejected)
-    return None
+    if initial is None:
+        return None
+    return _announced(initial_weights.load(state, initial, ranks, limits, verify), ranks)
+
+
+def _announced(report: ResumeReport, ranks: Ranks) -> ResumeReport:
+    if ranks.rank == 0:
+        logger.info("%s", report)
+        if not logger.isEnabledFor(logging.INFO):
+            # Outside of Ray, whose workers log at this level, nobody would see it.
+            print(report, flush=True)
+    return report
 
 
 def _compare_parts(
     ranks: Ranks, phase: str, state: Mapping[str, Any], outcome: Outcome, step: int
 ) -> list[tuple[int, int]]:
-    """Every rank's step, and the digest of the names of its parts.
+    """Every rank's step (or whichever integer has to be the same), and the digest of the names of its parts.
 
     Raises:
         UnsupportedState: on every rank, if one of them has no state to speak of. There, whatever is in `outcome`.

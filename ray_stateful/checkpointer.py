@@ -120,20 +120,25 @@ class Checkpointer:
             # Not softly: there is no later save that could make up for it.
             self.save(self._metrics)
 
-    def restore(self, *, checkpoint: Any = None, verify: Literal["touched", "full"] = "touched") -> ResumeReport | None:
+    def restore(
+        self, *, checkpoint: Any = None, verify: Literal["touched", "full"] = "touched", initial: Any = None
+    ) -> ResumeReport | None:
         """Load the newest intact checkpoint of this run, if there is one, and go on counting from its step.
 
-        Collective. Raises what `ray_stateful.restore` raises.
+        If there is none, the models begin from the weights at `initial`, at step 0. Collective. Takes what
+        `ray_stateful.restore` takes, and raises what it raises.
         """
         report = _restore(
             self.state,
             checkpoint=checkpoint,
             verify=verify,
+            initial=initial,
             run=self._run,
             limits=self._limits,
             timeout_s=self._timeout_s,
         )
-        if report is not None:
+        # Initial weights are no saved step of this run.
+        if report is not None and not report.initial:
             self.step_count = self._saved_step = report.step
         self._saved_at_s = time.monotonic()
         return report

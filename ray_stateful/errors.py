@@ -6,7 +6,8 @@
     ├── RestoreFailed                 nothing usable could be loaded; raised on every rank
     │   ├── StateMismatch             the state and the checkpoint do not fit; nothing was touched
     │   ├── ResizeRefused             a part has no rule for another number of workers; nothing was touched
-    │   └── NoIntactCheckpoint        the run has checkpoints, none passed verification
+    │   ├── NoIntactCheckpoint        the run has checkpoints, none passed verification
+    │   └── NoInitialWeights          what the run was to begin from is not there, or not what it should be
     ├── DamagedCheckpoint             one checkpoint does not hold what was written
     │   ├── UnknownFormat             written by a newer version, or by something else
     │   └── HostileCheckpoint         asks for what no writer of ours writes: paths outside, code, absurd sizes
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "DamagedCheckpoint",
     "HostileCheckpoint",
+    "NoInitialWeights",
     "NoIntactCheckpoint",
     "RankFailed",
     "RankTimeout",
@@ -134,6 +136,22 @@ class NoIntactCheckpoint(RestoreFailed):
             f"run {self.run!r} has {len(self.rejected)} checkpoint(s) and none is intact:\n{lines}\n"
             "tensors may hold what was read before the damage was found: build the state anew before you go on; "
             "to start from scratch on purpose, use another run name"
+        )
+
+
+class NoInitialWeights(RestoreFailed):
+    """The run has no checkpoint, and the weights it was to begin from can't be used.
+
+    Raised on every rank; never a silent start from scratch.
+    """
+
+    def __init__(self, where: str, why: str) -> None:
+        self.where, self.why = where, why
+
+    def __str__(self) -> str:
+        return (
+            f"initial weights {self.where!r} can't be used: {self.why}\n"
+            "the model may hold a part of them: build the state anew before you go on, and name other weights or none"
         )
 
 

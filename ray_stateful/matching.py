@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from ray_stateful.format.index import StoredChunk
 from ray_stateful.states.part import StrictPart
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.structure import is_tensor
+
+_CASTABLE = frozenset({"bfloat16", "float16", "float32", "float64"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +32,20 @@ class Match:
 
 
 def match_strict(
-    name: str, part: StrictPart, flat: Mapping[str, Any], everyones_keys: frozenset[str], opened: OpenCheckpoint
+    name: str,
+    part: StrictPart,
+    flat: Mapping[str, Any],
+    everyones_keys: frozenset[str],
+    opened: OpenCheckpoint,
+    *,
+    may_cast: bool = False,
 ) -> Match:
     """Compare a strict part with what a checkpoint has of it.
 
     Args:
         flat: This rank's flat state dict of the part, keys with the part's name.
         everyones_keys: Those of all ranks together.
+        may_cast: A floating-point tensor may be of another dtype in the checkpoint: that is noted, and no problem.
     """
     prefix = f"{name}."
     stored = {key for key, chunks in opened.chunks.items() if chunks[0].path[0] == name}
@@ -56,8 +66,13 @@ def match_strict(
         for key in flat
         if key not in loose and is_tensor(flat[key])
     ]
+    casts: Counter[str] = Counter()
     for key, source in list(sources.items()):
-        difference = _difference(flat[key], opened.chunks[source][0])
+        chunk = opened.chunks[source][0]
+        cast = _cast(flat[key], chunk) if may_cast else None
+        if cast is not None:
+            casts[cast] += 1
+        difference = _difference(flat[key], chunk, cast is not None)
         if difference is None:
             continue
         if "_extra_state" in key.split("."):
@@ -66,6 +81,7 @@ def match_strict(
             del sources[key]
         else:
             problems.append(f"{key.removeprefix(prefix)}: {difference}")
+    notes += [f"cast from {cast}: {number} tensors" for cast, number in sorted(casts.items())]
     return Match(
         problems=tuple(f"{name}.{problem}" for problem in problems),
         notes=tuple(notes),
@@ -79,15 +95,31 @@ def _without(prefix: str, keys: Set[str]) -> frozenset[str]:
     return frozenset(key.removeprefix(prefix) for key in keys)
 
 
-def _difference(value: Any, chunk: StoredChunk) -> str | None:
+def _cast(value: Any, chunk: StoredChunk) -> str | None:
+    """From what to what a tensor has to be cast; `None` if it need not be, or must not.
+
+    Integers and 8-bit floats mean nothing without a scale that a cast does not know of.
+    """
+    here = _dtype_of(value) if is_tensor(value) else chunk.dtype
+    castable = here in _CASTABLE and chunk.dtype in _CASTABLE and here != chunk.dtype
+    return f"{chunk.dtype} to {here}" if castable else None
+
+
+def _dtype_of(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _difference(value: Any, chunk: StoredChunk, is_cast: bool) -> str | None:
     if not is_tensor(value):
         return None if chunk.dtype is None else f"a {type(value).__name__} here, a tensor in the checkpoint"
     if chunk.dtype is None:
         return "a tensor here, another value in the checkpoint"
-    shape, dtype = tuple(value.size()), str(value.dtype).removeprefix("torch.")
+    shape, dtype = tuple(value.size()), _dtype_of(value)
     if shape != chunk.shape:
         return f"shape {shape} here, {chunk.shape} in the checkpoint"
-    if dtype != chunk.dtype:
+    if getattr(value, "is_meta", False):
+        return "is on the meta device: give it memory first, with model.to_empty(device=...)"
+    if dtype != chunk.dtype and not is_cast:
         return (
             f"dtype {dtype} here, {chunk.dtype} in the checkpoint: cast the model first, "
             "a restore that changes values would not be exact"

@@ -11,10 +11,15 @@ from ray_stateful.states.part import World
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.reading import ReadStatistics
 
+# What is said of a part that begins from weights, and did not go on from where it was saved.
+INITIAL = "initial"
 
-def foresee(filled: Mapping[str, Filled], world: World, opened: OpenCheckpoint) -> dict[str, PartReport]:
+
+def foresee(
+    filled: Mapping[str, Filled], world: World, opened: OpenCheckpoint, initial: bool = False
+) -> dict[str, PartReport]:
     """The outcome of each part as the match decides it. What is refused has been raised by then."""
-    return {name: _foreseen(name, part, world, opened) for name, part in filled.items()}
+    return {name: _foreseen(name, part, world, opened, initial) for name, part in filled.items()}
 
 
 def complete(
@@ -28,7 +33,7 @@ def complete(
     """
     details = [how] if how else []
     details += foreseen.details
-    if _is_sharded(filled, opened):
+    if _is_sharded(filled, opened) or foreseen.outcome == INITIAL:
         amplification = read.bytes_read / max(1, read.bytes_wanted)
         details.append(f"read {size(read.bytes_read)}, {amplification:.2f}x of what this world needs")
         details.append("verified" if opened.manifest else "unverified")
@@ -38,8 +43,8 @@ def complete(
     return replace(foreseen, details=(*details, *filled.notes))
 
 
-def _foreseen(name: str, filled: Filled, world: World, opened: OpenCheckpoint) -> PartReport:
-    outcome = filled.part.resized_as if isinstance(filled.value, EveryRank) else "exact"
+def _foreseen(name: str, filled: Filled, world: World, opened: OpenCheckpoint, initial: bool) -> PartReport:
+    outcome = filled.part.resized_as if isinstance(filled.value, EveryRank) else INITIAL if initial else "exact"
     resharded = world.resized and _is_sharded(filled, opened)
     details = (f"resharded {world.saved_world_size} -> {world.world_size}",) if resharded else ()
     return PartReport(name=name, outcome=outcome, details=details)

@@ -25,7 +25,8 @@ class PartReport:
 class ResumeReport:
     """What was restored, and how. The same on every rank.
 
-    `step` counts the optimizer steps completed when the checkpoint was saved, `samples` the samples trained.
+    `step` counts the optimizer steps completed when the checkpoint was saved, `samples` the samples trained. With
+    `initial` both are 0: nothing was resumed, the models began from the weights at `checkpoint`, a place.
     `rejected` are newer checkpoints that could not be used, name to reason; `statistics` adds up what all ranks read.
     Of a checkpoint that is not `verified`, which this package did not write, steps, samples and who saved it are not
     known: they are 0, 0 and as many as are here.
@@ -42,6 +43,7 @@ class ResumeReport:
     seconds: float = 0.0
     rejected: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    initial: bool = False
 
     @property
     def steps_lost(self) -> int:
@@ -53,7 +55,11 @@ class ResumeReport:
         now = "" if self.saved_world_size == self.world_size else f", now {self.world_size}"
         # What stock tools wrote says nothing of steps and workers.
         by = f"step {self.step:,}; written by {_workers(self.saved_world_size)}{now}"
-        lines = [f"resumed {self.checkpoint} ({by if self.verified else 'not ours; unverified: it has no checksums'})"]
+        unverified = "unverified: it has no checksums"
+        lines = [f"resumed {self.checkpoint} ({by if self.verified else f'not ours; {unverified}'})"]
+        if self.initial:
+            checked = "" if self.verified else f"; {unverified}"
+            lines = [f"began from {self.checkpoint} (initial weights; step 0{checked})"]
         lines += [f"  not {name}: {why}" for name, why in self.rejected.items()]
         if self.steps_lost:
             lines.append(f"  that costs {self.steps_lost:,} steps, which will be trained again")

@@ -6,6 +6,7 @@ import logging
 import posixpath
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -22,13 +23,11 @@ from ray_stateful.runs import DirectoryRun, Run
 from ray_stateful.states.part import RankPart, StrictPart, World
 from ray_stateful.storage import opening, sharing, verifying
 from ray_stateful.storage.opening import OpenCheckpoint
-from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.reader import read_requests, requests_of
 from ray_stateful.storage.reading import ReadStatistics, Request
-from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.structure import is_whole
-from ray_stateful.storage.uris import resolve
+from ray_stateful.storage.uris import located
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +97,23 @@ def restore_one(
     """
     began = time.monotonic()
     opened = _open(run, name, ranks)
+    report = restore_opened(state, run, opened, ranks, limits, verify, rejected, touched)
+    return replace(report, checkpoint=name, seconds=time.monotonic() - began)
+
+
+def restore_opened(
+    state: parts.State,
+    run: Run,
+    opened: OpenCheckpoint,
+    ranks: Ranks,
+    limits: ReadLimits | None,
+    verify: str,
+    rejected: Mapping[str, str],
+    touched: set[str],
+    *,
+    initial: bool = False,
+) -> ResumeReport:
+    """The same from one that is open; `initial` says that it is to begin from, not to go on from. Times nothing."""
     if verify == "full":
         _verify_all(run, opened, ranks)
     world = World(
@@ -106,7 +122,7 @@ def restore_one(
         rank=ranks.rank,
         step=opened.manifest.step if opened.manifest else 0,
     )
-    filled = _match(state, run, opened, world, ranks)
+    filled = _match(state, run, opened, world, ranks, initial)
 
     loaded = {key for part in filled.values() for key in part.tensors}
     # Values of the checkpoint that was given up on would stay where this one has none.
@@ -115,9 +131,9 @@ def restore_one(
         raise Rejected(f"has no entry {left_over[0]!r}, which was loaded from a newer, damaged checkpoint")
     touched |= loaded
 
-    foreseen = foresee(filled, world, opened)
+    foreseen = foresee(filled, world, opened, initial)
     if ranks.rank == 0:
-        logger.info("restoring %s: %s", name, "; ".join(str(part).strip() for part in foreseen.values()))
+        logger.info("restoring %s: %s", opened.name, "; ".join(str(part).strip() for part in foreseen.values()))
 
     statistics, outcome = _read(run, opened, filled, limits, ranks), Outcome()
 
@@ -133,7 +149,7 @@ def restore_one(
     total = {part: sum((rank[part] for rank in everyone), ReadStatistics()) for part in filled}
     ignored = sorted(parts.saved_parts(opened) - filled.keys())
     return ResumeReport(
-        checkpoint=name,
+        checkpoint=opened.name,
         step=world.step,
         samples=opened.manifest.samples if opened.manifest else 0,
         saved_world_size=world.saved_world_size,
@@ -141,19 +157,15 @@ def restore_one(
         verified=opened.manifest is not None,
         parts=tuple(complete(foreseen[p], filled[p], how[p], total[p], opened) for p in sorted(filled)),
         statistics=sum(total.values(), ReadStatistics()),
-        seconds=time.monotonic() - began,
         rejected=dict(rejected),
         notes=tuple(f"{part}: in the checkpoint, not in the state; left alone" for part in ignored),
     )
 
 
 def _named(run: Run, checkpoint: Any) -> tuple[Run, str]:
-    if hasattr(checkpoint, "filesystem") and hasattr(checkpoint, "path"):
-        storage, path = RetryingStorage(PyarrowStorage(checkpoint.filesystem)), str(checkpoint.path)
-    elif layout.parse_name(str(checkpoint)) is not None:
+    if layout.parse_name(str(checkpoint)) is not None:
         return run, str(checkpoint)
-    else:
-        storage, path = resolve(str(checkpoint))
+    storage, path = located(checkpoint)
     directory, name = posixpath.split(path.rstrip("/"))
     return DirectoryRun(storage, directory, directory), name
 
@@ -177,7 +189,9 @@ def _open(run: Run, name: str, ranks: Ranks) -> OpenCheckpoint:
         raise Rejected(str(error)) from error
 
 
-def _match(state: parts.State, run: Run, opened: OpenCheckpoint, world: World, ranks: Ranks) -> dict[str, Filled]:
+def _match(
+    state: parts.State, run: Run, opened: OpenCheckpoint, world: World, ranks: Ranks, initial: bool
+) -> dict[str, Filled]:
     outcome = Outcome()
     template = parts.collect(state, ranks.rank, outcome)
     planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
@@ -200,7 +214,7 @@ def _match(state: parts.State, run: Run, opened: OpenCheckpoint, world: World, r
             try:
                 if isinstance(part, StrictPart):
                     keys = frozenset(key for key, first in everyones_keys.items() if first == name)
-                    match = matching.match_strict(name, part, mine, keys, opened)
+                    match = matching.match_strict(name, part, mine, keys, opened, may_cast=initial)
                     problems += match.problems
                     if not match.problems:
                         filled[name] = fill_strict(part, template[name], mine, planner.mappings, match, run, opened)

@@ -173,5 +173,6 @@ def _digest(requests: Sequence[Request]) -> int:
         return 0
     digest = RunningChecksum()
     for request in requests:
-        digest.update(repr((*_identity(request), request.chunk.dtype)).encode())
+        # What is sent is what was made of the bytes: a rank with another dtype has to make it itself.
+        digest.update(repr((*_identity(request), request.chunk.dtype, request.into.dtype)).encode())
     return (int(digest.hexdigest(), 16) >> 1) | 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from typing import Any
 
 import pyarrow.fs
 
@@ -31,6 +32,17 @@ def resolve(uri: str) -> tuple[RetryingStorage, str]:
         return RetryingStorage(PyarrowStorage(pyarrow.fs.LocalFileSystem())), os.path.abspath(uri)
     filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
     return RetryingStorage(PyarrowStorage(with_timeouts(filesystem))), path
+
+
+def located(place: Any) -> tuple[RetryingStorage, str]:
+    """The same for what may be a `ray.train.Checkpoint`, which knows its filesystem; or a path object.
+
+    Raises:
+        OSError, ValueError: as `resolve`.
+    """
+    if hasattr(place, "filesystem") and hasattr(place, "path"):
+        return RetryingStorage(PyarrowStorage(place.filesystem)), str(place.path)
+    return resolve(os.fspath(place))
 
 
 def with_timeouts(filesystem: pyarrow.fs.FileSystem) -> pyarrow.fs.FileSystem:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -58,8 +58,9 @@ def load(part: nn.Module, own: Mapping[str, Any], given: Mapping[str, Any]) -> N
     if tied is not None and tied[1] in values:
         values[tied[0]] = values[tied[1]]
     if FullyShardedDataParallel.fsdp_modules(part):
-        # Its hooks take every parameter out of the dict, and stumble over one that is not there.
-        values = {**own, **values}
+        # Its hooks take every parameter out of the dict, and stumble over one that is not there: also over one that is
+        # left out of `own`.
+        values = {**get_model_state_dict(part), **values}
     result = set_model_state_dict(part, values, options=StateDictOptions(strict=False))
     # Not strict, for the entries that may be absent; none that was given may go unused.
     assert not result.unexpected_keys, result.unexpected_keys

@@ -63,6 +63,15 @@ def canonical_name(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
+def without_wrappers(name: str) -> str:
+    """The canonical name that `name`, of a file, most likely stands for: there is no module to ask, as above.
+
+    So it is for a name that the model does not know as it stands.
+    """
+    levels = [level for level in name.split(".") if level not in _WRAPPERS]
+    return ".".join(levels[1:] if levels[:1] == ["module"] else levels)
+
+
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Canonical name and parameter, a shared parameter once under each of its names."""
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence, Set
 from typing import Any
@@ -14,6 +15,11 @@ from ray_stateful.states.part import Reconciled, StrictPart
 from ray_stateful.wrappers import adapters, dense, model_keys
 
 _log = logging.getLogger(__name__)
+
+_NO_ADAPTER = (
+    "none of them is of the adapter that is trained here (is_peft): give an adapter's own weights "
+    "(adapter_model.safetensors, or a checkpoint of one), and load the base model before the adapter is put on it"
+)
 
 
 class ModelState(StrictPart):
@@ -30,7 +36,9 @@ class ModelState(StrictPart):
         is_peft: State is the adapter alone.
         is_init_step: The base model is to be loaded before training: adapters are left out, and what the base
             checkpoint lacks is no error.
-        skip_task_head_prefixes: With `is_init_step`, names that start so are left out: heads that no base has.
+        skip_task_head_prefixes: Names that start so are left out while a base is loaded, and keep their fresh values:
+            heads that no base has. That is with `is_init_step`, and in `restore(..., initial=...)`; what is saved, and
+            restored from a checkpoint of the run, is the model with its heads.
         cpu_offload: Tensors are copied to host memory; they do not alias the model then.
         pp_group: The ranks of one pipeline. Adapters of all stages are joined over it, and a head is loaded from the
             embedding of another stage. Collective whenever it is given.
@@ -57,11 +65,22 @@ class ModelState(StrictPart):
         # What the last load did not do to the letter, one line each.
         self.notes: tuple[str, ...] = ()
         self._num_loaded: int | None = None
+        self._skips_heads = is_init_step
+
+    def while_initial(self) -> ModelState:
+        """The same model while its initial weights are loaded: without the heads of `skip_task_head_prefixes`.
+
+        With `is_init_step` alone what the base lacks is no error; here it is.
+        """
+        view = copy.copy(self)
+        view._skips_heads = True
+        return view
 
     def state_dict(self) -> dict[str, Any]:
         """The state, flat, by canonical name. Collective for FSDP1, for adapters, and with a `pp_group`."""
         if self._whole_adapter:
-            return adapters.collect(self._parts(), self.pp_group)
+            whole = adapters.collect(self._parts(), self.pp_group)
+            return {key: value for key, value in whole.items() if not self._is_skipped(key)}
         return {
             prefix + name: dense.stored(name, value)
             for prefix, part in self._parts()
@@ -100,18 +119,30 @@ class ModelState(StrictPart):
 
     def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:
         """Say which missing and unexpected keys are no harm. Collective with FSDP1 or a `pp_group`."""
+        renamed: dict[str, str] = {}
+        taken: dict[str, str] = {}
         if self._whole_adapter:
-            spelt = {other: key for key, others in adapters.stored_keys(self._parts()).items() for other in others}
-            found = {spelt[key]: key for key in unexpected if spelt.get(key) in missing}
+            stored = adapters.stored_keys(self._parts())
+            spelt = {other: key for key, others in stored.items() for other in others}
+            taken = {spelt[key]: key for key in unexpected if spelt.get(key) in missing}
+            everyones = set().union(*self._gather({key for key in stored if not self._is_skipped(key)}))
         else:
             own = {prefix + name for prefix, part in self._parts() for name in self._own(part)}
             everyones = set().union(*self._gather(own))
-            found = self._substitutes(set(missing), (everyones - missing) | unexpected)
+            bare = {model_keys.without_wrappers(key): key for key in sorted(unexpected)}
+            renamed = {key: bare[key] for key in missing if key in bare}
+            taken = self._substitutes(set(missing - renamed.keys()), (everyones - missing) | bare.keys())
+            taken = {key: bare.get(source, source) for key, source in taken.items()}
+        found = {**renamed, **taken}
         # Another stage's head is that stage's to find, but no stage may call it lost.
         solved = set().union(*self._gather(set(found)))
+        if self._skips_heads and self._whole_adapter and unexpected and not solved and missing >= everyones:
+            return Reconciled(problems=(f"{len(unexpected)} tensors, and {_NO_ADAPTER}",))
         judged = self._judge(missing - solved, unexpected - set(found.values()), None)
-        notes = tuple(f"{key} is taken from {source}" for key, source in sorted(found.items()))
-        return Reconciled(problems=judged.problems, notes=judged.notes + notes, instead=found)
+        notes = [f"{key} is taken from {source}" for key, source in sorted(taken.items())]
+        notes += [f"{len(renamed)} names are of a wrapped model, {min(renamed.values())} say"] if renamed else []
+        notes += self._notes_of_skipped()
+        return Reconciled(problems=judged.problems, notes=(*judged.notes, *notes), instead=found)
 
     def describe(self) -> str:
         """One line for the resume report: how much there is, and what the last load did not do to the letter."""
@@ -139,8 +170,25 @@ class ModelState(StrictPart):
             name: value
             for name, value in state.items()
             if not (tied is not None and name == tied[0])
-            and not (self.is_init_step and (adapters.is_adapter(name) or name.startswith(self.skip_task_head_prefixes)))
+            and not (self.is_init_step and adapters.is_adapter(name))
+            and not self._is_skipped(name)
         }
+
+    def _is_skipped(self, key: str) -> bool:
+        """Whether `key`, of this model or of a checkpoint, is of a head that is left out now."""
+        name = model_keys.without_wrappers(key.removeprefix(adapters.OUTER_PREFIX))
+        return self._skips_heads and name.startswith(self.skip_task_head_prefixes)
+
+    def _notes_of_skipped(self) -> list[str]:
+        """What keeps the values it was built with. Collective with FSDP1."""
+        if not self._skips_heads or not self.skip_task_head_prefixes:
+            return []
+        if self._whole_adapter:
+            names = list(adapters.stored_keys(self._parts()))
+        else:
+            tied = {pair[0] for part in self.model if (pair := model_keys.tied_head(part))}
+            names = [name for part in self.model for name in get_model_state_dict(part) if name not in tied]
+        return [f"{name} is left out on request: kept as built" for name in sorted(filter(self._is_skipped, names))]
 
     def _substitutes(self, absent: set[str], present: set[str]) -> dict[str, str]:
         """Absent head or embedding to the present key that has its values."""
@@ -198,13 +246,15 @@ class ModelState(StrictPart):
         tied = {prefix + pair[0] for prefix, part in self._parts() if (pair := model_keys.tied_head(part))}
         notes: list[str] = []
         problems: list[str] = []
-        for key in sorted(missing):
+        for key in sorted(key for key in missing if not self._is_skipped(key)):
             fatal = strict and not dense.is_extra(key)
             (problems if fatal else notes).append(
                 f"{key} is not in the checkpoint" + ("" if fatal else ": kept as built")
             )
         for key in sorted(unexpected):
-            if key in tied:
+            if self._is_skipped(key):
+                notes.append(f"{key} is in the checkpoint: left out on request")
+            elif model_keys.without_wrappers(key) in tied:
                 notes.append(f"{key} is in the checkpoint, but tied to the embedding here: not loaded")
             else:
                 fatal = strict and not dense.is_extra(key)

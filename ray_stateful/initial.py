@@ -1,0 +1,135 @@
+"""Initial weights: what the models of a run begin from while it has no checkpoint of its own. All else starts fresh.
+
+The steps are those of a restore, over the models alone: opened once on rank 0, matched before anything is touched,
+each rank reading the bytes of its own shards.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ray_stateful import parts, restoring
+from ray_stateful.errors import DamagedCheckpoint, NoInitialWeights, StateMismatch
+from ray_stateful.format.checksums import checksum
+from ray_stateful.ranks import Outcome, Ranks
+from ray_stateful.report import PartReport, ResumeReport
+from ray_stateful.restoring import Rejected
+from ray_stateful.runs import DirectoryRun, Run
+from ray_stateful.stateful_wrappers import ModelState
+from ray_stateful.storage import weights
+from ray_stateful.storage.opening import OpenCheckpoint
+from ray_stateful.storage.ranges import ReadLimits
+from ray_stateful.storage.uris import located, without_credentials
+
+
+def check(state: parts.State, checkpoint: Any) -> None:
+    """Refuse what initial weights have no meaning for.
+
+    Raises:
+        ValueError: there is no model in `state`; or a checkpoint to load is named, so that they would never be used.
+    """
+    if checkpoint is not None:
+        raise ValueError(
+            f"checkpoint is {str(checkpoint)!r} and initial is given as well; a named checkpoint is loaded or is an "
+            "error, so leave one of them out"
+        )
+    if not _models(state):
+        raise ValueError(
+            f"initial is given, and the state has no ModelState for the weights to go to (it has {', '.join(state)}); "
+            "wrap the model in one"
+        )
+
+
+def digest(source: Any) -> int:
+    """63 bits of which weights they are, to be compared between ranks; 0 for none."""
+    return 0 if source is None else int(checksum(_place(source).encode()), 16) >> 1 | 1
+
+
+def refuse_different(source: Any, digests: Sequence[int]) -> None:
+    """Refuse weights that not all ranks begin from: they would wait for each other in different collectives.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    others = sorted(rank for rank, other in enumerate(digests) if other != digests[0])
+    if others:
+        mine = None if source is None else _place(source)
+        raise ValueError(
+            f"initial (here {mine!r}) is not the same on ranks {others} as on rank 0; give all ranks the same"
+        )
+
+
+def load(state: parts.State, source: Any, ranks: Ranks, limits: ReadLimits | None, verify: str) -> ResumeReport:
+    """Give the models of `state` their initial weights. Collective.
+
+    Args:
+        source: Where they are, as for `ray_stateful.restore`.
+        verify: As for `ray_stateful.restore`; what has no checksums is taken unverified, and the report says so.
+
+    Raises:
+        StateMismatch: on every rank, before anything is loaded; lists all that does not fit.
+        NoInitialWeights: on every rank; nothing of the kind is there, or it is damaged.
+        RankFailed: on every rank; some rank could not read for another reason than damage.
+    """
+    began = time.monotonic()
+    place, models = _place(source), _models(state)
+    run, opened = _open(source, place, ranks)
+    if not weights.has_parts(opened):
+        if len(models) > 1:
+            problem = f"weights of one model, and the state has {len(models)} ({', '.join(sorted(models))}): "
+            raise StateMismatch(place, (problem + "begin from a checkpoint with parts of these names",))
+        opened = weights.below(opened, next(iter(models)))
+    views = {name: model.while_initial() for name, model in models.items()}
+    if opened.manifest is None:
+        verify = "touched"
+    try:
+        report = restoring.restore_opened(views, run, opened, ranks, limits, verify, {}, set(), initial=True)
+    except Rejected as error:
+        raise NoInitialWeights(place, str(error)) from error
+    fresh = [PartReport(name=name, outcome="fresh", details=("as built",)) for name in state if name not in models]
+    return replace(
+        report,
+        checkpoint=place,
+        step=0,
+        samples=0,
+        parts=tuple(sorted((*report.parts, *fresh), key=lambda part: part.name)),
+        seconds=time.monotonic() - began,
+        # Of the other parts of that checkpoint: they are not what was asked for.
+        notes=(),
+        initial=True,
+    )
+
+
+def _models(state: parts.State) -> Mapping[str, ModelState]:
+    return {name: part for name, part in state.items() if isinstance(part, ModelState)}
+
+
+def _place(source: Any) -> str:
+    """Where the weights are, to be shown: the same on every rank, as a filesystem's own text is not."""
+    if hasattr(source, "filesystem") and hasattr(source, "path"):
+        return str(source.path)
+    return without_credentials(os.fspath(source))
+
+
+def _open(source: Any, place: str, ranks: Ranks) -> tuple[Run, OpenCheckpoint]:
+    """Read once on rank 0, decoded on every rank from the same bytes; each rank reaches storage by itself later on."""
+    raw: Any = None
+    outcome = Outcome()
+    with outcome.catch():
+        storage, path = located(source)
+        raw = weights.fetch(storage, path) if ranks.rank == 0 else None
+    failures = ranks.failures("open the initial weights", outcome)
+    if failures:
+        why = "; ".join(f"rank {rank}: {failure.text}" for rank, failure in sorted(failures.items()))
+        raise NoInitialWeights(place, why) from outcome.error
+    raw = ranks.broadcast("share the headers", raw)
+    try:
+        opened = weights.parse(raw)
+    except DamagedCheckpoint as error:
+        raise NoInitialWeights(place, str(error)) from error
+    return DirectoryRun(storage, posixpath.dirname(opened.path), place), opened

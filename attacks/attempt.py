@@ -42,13 +42,15 @@ def main() -> None:
         theirs = Path(scratch) / "theirs" / "plain"
         # Warnings are for people who look at this output: there is no process group here, and none is meant to be.
         dcp.save(parts.collect(victim.saved_state(), 0, Outcome()), checkpoint_id=theirs)
+        weights = victim.save_weights(Path(scratch) / "weights")
         # If an intact one were refused too, a refusal would say nothing.
-        for control, original in (("intact", ours), ("intact, plain", theirs)):
-            nothing = Attack(control, "nothing", lambda workshop: None, original is theirs, False)
+        for control, original in (("intact", ours), ("intact, plain", theirs), ("intact, initial", weights)):
+            nothing = Attack(control, "nothing", lambda _: None, original is theirs, False, original is weights)
             print(json.dumps({"name": control, **attempt(nothing, original, Path(scratch) / control)}), flush=True)
         for number, name in enumerate(chosen or attacks):
             print(json.dumps({"begin": name}), flush=True)
-            outcome = attempt(attacks[name], theirs if attacks[name].foreign else ours, Path(scratch) / str(number))
+            original = weights if attacks[name].initial else theirs if attacks[name].foreign else ours
+            outcome = attempt(attacks[name], original, Path(scratch) / str(number))
             print(json.dumps({"name": name, **outcome}), flush=True)
 
 
@@ -58,7 +60,7 @@ def attempt(attack: Attack, original: Path, run: Path) -> dict[str, Any]:
     shutil.copytree(original, directory)
     workshop = Workshop(directory)
     attack.run(workshop)
-    state = victim.fresh_state()
+    state = victim.fresh_model() if attack.initial else victim.fresh_state()
     # By its default action: a handler in Python would wait for the call into C that never returns.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(DEADLINE_S)
@@ -67,7 +69,10 @@ def attempt(attack: Attack, original: Path, run: Path) -> dict[str, Any]:
     began = time.monotonic()
     error: BaseException | None = None
     try:
-        checkpoint.restore(state, checkpoint=str(directory), run=str(run))
+        if attack.initial:
+            checkpoint.restore(state, initial=str(directory), run=str(run))
+        else:
+            checkpoint.restore(state, checkpoint=str(directory), run=str(run))
     # Whatever it is: what it was is the finding.
     except BaseException as caught:  # noqa: BLE001
         error = caught

@@ -21,7 +21,17 @@ from ray_stateful.format import index, layout
 from ray_stateful.format.checksums import checksum
 from ray_stateful.format.index import StoredChunk
 
-_MODULES = ("archives", "files", "foreign_metadata", "indexes", "manifests", "pickles", "structures", "typed_values")
+_MODULES = (
+    "archives",
+    "files",
+    "foreign_metadata",
+    "indexes",
+    "manifests",
+    "pickles",
+    "structures",
+    "typed_values",
+    "weights",
+)
 
 # What code on load would do: leave this file in the checkpoint's run.
 CANARY = "canary"
@@ -31,8 +41,9 @@ CANARY = "canary"
 class Attack:
     """One entry of the corpus.
 
-    `foreign`: it is a plain DCP directory, without a manifest of ours. `late`: it can be found out only by reading the
-    bytes of tensors, when others, which were checked, may be filled already.
+    `foreign`: it is a plain DCP directory, without a manifest of ours. `initial`: it is a directory of safetensors,
+    which a run begins from. `late`: it can be found out only by reading the bytes of tensors, when others, which were
+    checked, may be filled already.
     """
 
     name: str
@@ -40,19 +51,22 @@ class Attack:
     run: Callable[[Any], None]
     foreign: bool
     late: bool
+    initial: bool = False
 
 
 _attacks: dict[str, Attack] = {}
 
 
-def attack(function: Callable[[Any], None] | None = None, *, foreign: bool = False, late: bool = False) -> Any:
+def attack(
+    function: Callable[[Any], None] | None = None, *, foreign: bool = False, late: bool = False, initial: bool = False
+) -> Any:
     """Add a function to the corpus."""
     if function is None:
-        return functools.partial(attack, foreign=foreign, late=late)
+        return functools.partial(attack, foreign=foreign, late=late, initial=initial)
     assert function.__doc__, f"{function.__name__} does not say what it tries"
     assert function.__name__ not in _attacks, f"two attacks are called {function.__name__}"
     tries = " ".join(function.__doc__.split())
-    _attacks[function.__name__] = Attack(function.__name__, tries, function, foreign, late)
+    _attacks[function.__name__] = Attack(function.__name__, tries, function, foreign, late, initial)
     return function
 
 

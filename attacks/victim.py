@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from ray_stateful import checkpoint
+from ray_stateful import ModelState, checkpoint
 from ray_stateful.states.part import RankPart, Reconciled, StrictPart, World
+
+WEIGHTS = "model.safetensors"
 
 
 class Free(dict[str, Any]):
@@ -74,7 +77,24 @@ def fresh_state() -> dict[str, Any]:
     return {"thing": Free(), "model": Strict(0.0), "stream": PerRank(0)}
 
 
+def save_weights(directory: Path) -> Path:
+    """Intact safetensors of a model, for a run to begin from; returns their directory."""
+    directory.mkdir()
+    save_file(torch.nn.Linear(3, 2).state_dict(), directory / WEIGHTS)
+    return directory
+
+
+def fresh_model() -> dict[str, Any]:
+    """A state whose model is of the kind of `save_weights`, all zeros."""
+    model = torch.nn.Linear(3, 2)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    return {"model": ModelState(model)}
+
+
 def is_untouched(state: dict[str, Any]) -> bool:
+    if isinstance(state["model"], ModelState):
+        return not any(value.any() for value in state["model"].state_dict().values())
     return not state["thing"] and not state["model"].tensors["first"].any() and state["stream"].number == 0
 
 

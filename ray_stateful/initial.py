@@ -121,7 +121,8 @@ def _open(source: Any, place: str, ranks: Ranks) -> tuple[Run, OpenCheckpoint]:
     raw: Any = None
     outcome = Outcome()
     with outcome.catch():
-        storage, path = located(source)
+        # A model in Hugging Face's cache is a directory of links.
+        storage, path = located(source, follows_links=True)
         raw = weights.fetch(storage, path) if ranks.rank == 0 else None
     failures = ranks.failures("open the initial weights", outcome)
     if failures:

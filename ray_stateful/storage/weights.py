@@ -134,10 +134,13 @@ def _sizes(storage: Storage, path: str) -> dict[str, int]:
 
 
 def _headers(storage: Storage, directory: str, sizes: Mapping[str, int], names: Sequence[str]) -> RawWeights:
+    # Before any is asked for: an index may name as many as it likes.
+    for name in names:
+        if name not in sizes:
+            raise DamagedCheckpoint(posixpath.join(directory, name), "the file is missing")
+
     def header(name: str) -> tuple[int, bytes]:
         where = posixpath.join(directory, name)
-        if name not in sizes:
-            raise DamagedCheckpoint(where, "the file is missing")
         # Its length is held against the file's before so much is asked for.
         length = hf_layout.header_bytes(storage.read(where, 0, 8), sizes[name], where)
         return sizes[name], read_exactly(storage, directory, name, 8, 8 + length)

@@ -155,7 +155,10 @@ def go_on(weights, run):
     trained = leaves(state["model"].state_dict())
 
     _, state = build(seed=3)
-    with Checkpointer(state, run=str(run), at_end=False, timeout_s=30) as checkpointer, reads_of("safetensors") as reads:
+    with (
+        Checkpointer(state, run=str(run), at_end=False, timeout_s=30) as checkpointer,
+        reads_of("safetensors") as reads,
+    ):
         report = checkpointer.restore(initial=str(weights))
         found["second"] = (report.initial, report.step, checkpointer.step_count)
     assert_same(leaves(state["model"].state_dict()), trained)
@@ -190,7 +193,9 @@ def save_another(run):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     state["optimizer"].optimizer[0].step()
-    return checkpoint.save(state, step=7, samples=70, run=str(run), timeout_s=30).uri, leaves(state["model"].state_dict())
+    return checkpoint.save(state, step=7, samples=70, run=str(run), timeout_s=30).uri, leaves(
+        state["model"].state_dict()
+    )
 
 
 def begin_from_another(uri, run):

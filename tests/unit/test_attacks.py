@@ -14,7 +14,7 @@ from attacks.attempt import MAX_MEMORY_BYTES
 from attacks.corpus import all_attacks
 
 ATTACKS = all_attacks()
-REFUSALS = {"NoIntactCheckpoint"}
+REFUSALS = {"NoIntactCheckpoint", "NoInitialWeights"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_the_corpus_is_not_small():
     assert len({attack.tries for attack in ATTACKS.values()}) == len(ATTACKS)
 
 
-@pytest.mark.parametrize("control", ["intact", "intact, plain"])
+@pytest.mark.parametrize("control", ["intact", "intact, plain", "intact, initial"])
 def test_without_an_attack_the_same_checkpoint_is_restored(outcomes, control):
     assert outcomes[control]["error"] is None, outcomes[control]
     assert not outcomes[control]["untouched"]

@@ -117,8 +117,6 @@ def _difference(value: Any, chunk: StoredChunk, is_cast: bool) -> str | None:
     shape, dtype = tuple(value.size()), _dtype_of(value)
     if shape != chunk.shape:
         return f"shape {shape} here, {chunk.shape} in the checkpoint"
-    if getattr(value, "is_meta", False):
-        return "is on the meta device: give it memory first, with model.to_empty(device=...)"
     if dtype != chunk.dtype and not is_cast:
         return (
             f"dtype {dtype} here, {chunk.dtype} in the checkpoint: cast the model first, "

@@ -196,6 +196,7 @@ def _match(
     template = parts.collect(state, ranks.rank, outcome)
     planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
     with outcome.catch():
+        _refuse_without_memory(template)
         planner.set_up_planner(template)
     ranks.raise_if_any_failed("collect the state", outcome)
     flat = planner.state_dict
@@ -228,6 +229,17 @@ def _match(
                 problems += [f"{name}: {problem}" for problem in _check_saved(part, filled[name].value)]
     _agree_on_problems(opened, problems, refusals, outcome, ranks)
     return filled
+
+
+def _refuse_without_memory(template: Mapping[str, Any]) -> None:
+    """The planner would make tensors of its own for them, and what is read into those would never reach the model."""
+    for name, value in template.items():
+        for key, tensor in value.items() if isinstance(value, Mapping) else ():
+            if getattr(tensor, "is_meta", False):
+                raise ValueError(
+                    f"{name}.{key} is on the meta device, where nothing can be loaded into it: give the model memory "
+                    "first, with model.to_empty(device=...)"
+                )
 
 
 def _agree_on_problems(

@@ -199,7 +199,7 @@ def save_another(run):
 
 
 def begin_from_another(uri, run):
-    model, state = build(seed=2)
+    _, state = build(seed=2)
     random = torch.random.get_rng_state()
     with reads_of(".distcp") as reads:
         report = checkpoint.restore(state, initial=uri, run=str(run), verify="full", limits=EXACT, timeout_s=30)

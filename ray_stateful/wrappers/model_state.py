@@ -138,10 +138,12 @@ class ModelState(StrictPart):
         solved = set().union(*self._gather(set(found)))
         if self._skips_heads and self._whole_adapter and unexpected and not solved and missing >= everyones:
             return Reconciled(problems=(f"{len(unexpected)} tensors, and {_NO_ADAPTER}",))
-        judged = self._judge(missing - solved, unexpected - set(found.values()), None)
+        skipped = self._skipped_names()
+        extra = {key for key in unexpected - set(found.values()) if model_keys.without_wrappers(key) not in skipped}
+        judged = self._judge(missing - solved, extra, None)
         notes = [f"{key} is taken from {source}" for key, source in sorted(taken.items())]
         notes += [f"{len(renamed)} names are of a wrapped model, {min(renamed.values())} say"] if renamed else []
-        notes += self._notes_of_skipped()
+        notes += [f"{name} is left out on request: kept as built" for name in skipped]
         return Reconciled(problems=judged.problems, notes=(*judged.notes, *notes), instead=found)
 
     def describe(self) -> str:
@@ -179,8 +181,8 @@ class ModelState(StrictPart):
         name = model_keys.without_wrappers(key.removeprefix(adapters.OUTER_PREFIX))
         return self._skips_heads and name.startswith(self.skip_task_head_prefixes)
 
-    def _notes_of_skipped(self) -> list[str]:
-        """What keeps the values it was built with. Collective with FSDP1."""
+    def _skipped_names(self) -> list[str]:
+        """What keeps the values it was built with, by name. Collective with FSDP1."""
         if not self._skips_heads or not self.skip_task_head_prefixes:
             return []
         if self._whole_adapter:
@@ -188,7 +190,7 @@ class ModelState(StrictPart):
         else:
             tied = {pair[0] for part in self.model if (pair := model_keys.tied_head(part))}
             names = [name for part in self.model for name in get_model_state_dict(part) if name not in tied]
-        return [f"{name} is left out on request: kept as built" for name in sorted(filter(self._is_skipped, names))]
+        return sorted(filter(self._is_skipped, names))
 
     def _substitutes(self, absent: set[str], present: set[str]) -> dict[str, str]:
         """Absent head or embedding to the present key that has its values."""

@@ -268,6 +268,14 @@ def test_a_plain_dcp_directory_becomes_the_first_checkpoint_of_a_run(tmp_path, n
     assert progress.value == ({"step": 9} if nested else None)
 
 
+def test_importing_a_checkpoint_keeps_its_parts(tmp_path):
+    uri = save(tmp_path / "run", every_dtype(), progress=Part({"step": 9, "names": ("a", 1)}))
+
+    made = run("import", uri, tmp_path / "second")
+
+    assert run("diff", uri, made["path"])["equal"]
+
+
 def test_importing_an_export_is_the_same_checkpoint(tmp_path):
     uri = save(tmp_path / "run", every_dtype())
     run("export", uri, tmp_path / "out", "--format", "safetensors", "--max-file-size", "200")

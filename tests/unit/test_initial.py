@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -244,6 +245,18 @@ def test_a_damaged_source_is_an_error_and_no_start_from_scratch(tmp_path):
     shutil.rmtree(tmp_path / "another")
     with pytest.raises(NoInitialWeights, match="neither safetensors nor a checkpoint"):
         begin(linear(0.0), uri, tmp_path / "run")
+
+
+def test_the_documentations_example_says_what_the_documentation_says(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs/initial_weights.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (said,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "initial_weights.md", "exec"), names)
+
+    assert f"{names['first']}\n" == said
+    assert (names["second"].initial, names["second"].step) == (False, 3)
 
 
 def test_initial_weights_without_a_model_or_beside_a_named_checkpoint_are_refused(tmp_path):

@@ -65,7 +65,7 @@ class ModelState(StrictPart):
         # What the last load did not do to the letter, one line each.
         self.notes: tuple[str, ...] = ()
         self._num_loaded: int | None = None
-        self._skips_heads = is_init_step
+        self._is_initial = False
 
     def while_initial(self) -> ModelState:
         """The same model while its initial weights are loaded: without the heads of `skip_task_head_prefixes`.
@@ -73,7 +73,7 @@ class ModelState(StrictPart):
         With `is_init_step` alone what the base lacks is no error; here it is.
         """
         view = copy.copy(self)
-        view._skips_heads = True
+        view._is_initial = True
         return view
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class ModelState(StrictPart):
         found = {**renamed, **taken}
         # Another stage's head is that stage's to find, but no stage may call it lost.
         solved = set().union(*self._gather(set(found)))
-        if self._skips_heads and self._whole_adapter and unexpected and not solved and missing >= everyones:
+        if self._is_initial and self._whole_adapter and unexpected and not solved and missing >= everyones:
             return Reconciled(problems=(f"{len(unexpected)} tensors, and {_NO_ADAPTER}",))
         skipped = self._skipped_names()
         extra = {key for key in unexpected - set(found.values()) if model_keys.without_wrappers(key) not in skipped}
@@ -178,12 +178,14 @@ class ModelState(StrictPart):
 
     def _is_skipped(self, key: str) -> bool:
         """Whether `key`, of this model or of a checkpoint, is of a head that is left out now."""
+        if not (self.is_init_step or self._is_initial) or not self.skip_task_head_prefixes:
+            return False
         name = model_keys.without_wrappers(key.removeprefix(adapters.OUTER_PREFIX))
-        return self._skips_heads and name.startswith(self.skip_task_head_prefixes)
+        return name.startswith(self.skip_task_head_prefixes)
 
     def _skipped_names(self) -> list[str]:
         """What keeps the values it was built with, by name. Collective with FSDP1."""
-        if not self._skips_heads or not self.skip_task_head_prefixes:
+        if not (self.is_init_step or self._is_initial) or not self.skip_task_head_prefixes:
             return []
         if self._whole_adapter:
             names = list(adapters.stored_keys(self._parts()))

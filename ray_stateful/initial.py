@@ -121,8 +121,7 @@ def _open(source: Any, place: str, ranks: Ranks) -> tuple[Run, OpenCheckpoint]:
     raw: Any = None
     outcome = Outcome()
     with outcome.catch():
-        # A model in Hugging Face's cache is a directory of links.
-        storage, path = located(source, follows_links=True)
+        storage, path = located(source)
         raw = weights.fetch(storage, path) if ranks.rank == 0 else None
     failures = ranks.failures("open the initial weights", outcome)
     if failures:

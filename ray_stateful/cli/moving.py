@@ -105,8 +105,7 @@ def export_(
 @json_option
 def import_(source: str, run: str, part: str, step: int, json_: bool) -> None:
     """Make SOURCE (safetensors in the Hugging Face layout, or a DCP directory) the first checkpoint of RUN."""
-    # A model in Hugging Face's cache is a directory of links.
-    storage, path = place(source, follows_links=True)
+    storage, path = place(source)
     run_storage, run_path = place(run)
     from ray_stateful import importing
 

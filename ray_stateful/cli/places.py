@@ -18,16 +18,13 @@ from ray_stateful.storage.uris import resolve, without_credentials
 _POLICY = RetryPolicy(budget_s=15.0)
 
 
-def place(uri: str, *, follows_links: bool = False) -> tuple[RetryingStorage, str]:
+def place(uri: str) -> tuple[RetryingStorage, str]:
     """The storage of `uri`, and the path on it.
-
-    Args:
-        follows_links: As `resolve` takes it.
 
     Raises:
         ValueError, OSError: no such filesystem.
     """
-    storage, path = resolve(uri, follows_links=follows_links)
+    storage, path = resolve(uri)
     return RetryingStorage(storage.inner, _POLICY), path.rstrip("/") or "/"
 
 

@@ -39,15 +39,12 @@ _DELETE_ATTEMPTS = 10
 
 
 class LocalStorage:
-    """Storage below directory `root` of this machine; with an empty `root`, paths are those of the system.
-
-    Links to files are files with `follows_links`, and are not there without it.
-    """
+    """Storage below directory `root` of this machine; with an empty `root`, paths are those of the system."""
 
     max_file_bytes: int | None = None
 
-    def __init__(self, root: str = "", *, follows_links: bool = False) -> None:
-        self.root, self.follows_links = root, follows_links
+    def __init__(self, root: str = "") -> None:
+        self.root = root
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.root!r})"
@@ -77,9 +74,9 @@ class LocalStorage:
         for entry in self._entries(path):
             # A file that goes between being listed and being looked at is not there; nor is a dangling link.
             with suppress(FileNotFoundError):
-                # Nor is a link, of a checkpoint: it leads out of the directory.
-                if entry.is_file(follow_symlinks=self.follows_links):
-                    sizes[entry.name] = entry.stat(follow_symlinks=self.follows_links).st_size
+                # Nor is a link: it leads out of the directory.
+                if entry.is_file(follow_symlinks=False):
+                    sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
         return sizes
 
     def directories(self, path: str) -> list[str]:

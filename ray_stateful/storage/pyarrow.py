@@ -69,23 +69,22 @@ class PyarrowStorage:
 
     Attributes:
         filesystem: As given.
-        follows_links: Links to files on this machine are files: for weights from elsewhere. None of ours has links.
         max_file_bytes: A larger file can't be written here; `None` without a limit.
     """
 
-    def __init__(self, filesystem: pyarrow.fs.FileSystem, follows_links: bool = False) -> None:
-        self.filesystem, self.follows_links = filesystem, follows_links
+    def __init__(self, filesystem: pyarrow.fs.FileSystem) -> None:
+        self.filesystem = filesystem
         self._kind = _kind_of(filesystem)
         root = _local_root(filesystem)
-        self._local = None if root is None else LocalStorage(root, follows_links=follows_links)
+        self._local = None if root is None else LocalStorage(root)
         self._traits = Traits() if self._local is not None else _TRAITS.get(self._kind, _OTHER)
         self.max_file_bytes = self._traits.max_file_bytes
         self._handles = Handles(self._open_file)
         self._made_directories: set[str] = set()
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[PyarrowStorage], tuple[pyarrow.fs.FileSystem, bool]]:
-        return PyarrowStorage, (self.filesystem, self.follows_links)
+    def __reduce__(self) -> tuple[type[PyarrowStorage], tuple[pyarrow.fs.FileSystem]]:
+        return PyarrowStorage, (self.filesystem,)
 
     def __repr__(self) -> str:
         # Without the filesystem's own fields: they may hold a secret key.

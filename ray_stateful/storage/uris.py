@@ -17,33 +17,32 @@ CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 20.0
 
 
-def resolve(uri: str, *, follows_links: bool = False) -> tuple[RetryingStorage, str]:
+def resolve(uri: str) -> tuple[RetryingStorage, str]:
     """The storage of `uri`, with retries and deadlines, and the path on it.
 
     Args:
         uri: `s3://`, `gs://`, `abfs://`, `file://` ... as `pyarrow.fs.FileSystem.from_uri` takes it, or a path of this
             machine.
-        follows_links: As `PyarrowStorage` takes it.
 
     Raises:
         OSError: the storage can't be reached.
         ValueError: no filesystem is known for the scheme.
     """
     if "://" not in uri:
-        return RetryingStorage(PyarrowStorage(pyarrow.fs.LocalFileSystem(), follows_links)), os.path.abspath(uri)
+        return RetryingStorage(PyarrowStorage(pyarrow.fs.LocalFileSystem())), os.path.abspath(uri)
     filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
-    return RetryingStorage(PyarrowStorage(with_timeouts(filesystem), follows_links)), path
+    return RetryingStorage(PyarrowStorage(with_timeouts(filesystem))), path
 
 
-def located(place: Any, *, follows_links: bool = False) -> tuple[RetryingStorage, str]:
+def located(place: Any) -> tuple[RetryingStorage, str]:
     """The same for what may be a `ray.train.Checkpoint`, which knows its filesystem; or a path object.
 
     Raises:
         OSError, ValueError: as `resolve`.
     """
     if hasattr(place, "filesystem") and hasattr(place, "path"):
-        return RetryingStorage(PyarrowStorage(place.filesystem, follows_links)), str(place.path)
-    return resolve(os.fspath(place), follows_links=follows_links)
+        return RetryingStorage(PyarrowStorage(place.filesystem)), str(place.path)
+    return resolve(os.fspath(place))
 
 
 def with_timeouts(filesystem: pyarrow.fs.FileSystem) -> pyarrow.fs.FileSystem:

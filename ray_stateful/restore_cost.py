@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ray_stateful.format import layout
 from ray_stateful.format.chunks import Box, intersection
 from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.stock_item import HEAD_BYTES
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.ranges import Piece, ReadLimits, fetches_of, pieces_of
 
@@ -33,7 +34,7 @@ def costs(opened: OpenCheckpoint, num_workers: int, limits: ReadLimits | None = 
         raise ValueError(f"workers is {num_workers}; at least one is needed")
     limits = limits or ReadLimits()
     pieces: dict[tuple[int, str], list[Piece]] = defaultdict(list)
-    wanted, whole_bytes, whole_requests = [0] * num_workers, [0] * num_workers, [0] * num_workers
+    wanted, foreign_bytes, foreign_requests = [0] * num_workers, [0] * num_workers, [0] * num_workers
     saved = opened.manifest.world_size if opened.manifest else num_workers
     for key, chunks in opened.chunks.items():
         if chunks[0].dtype is None:
@@ -42,14 +43,15 @@ def costs(opened: OpenCheckpoint, num_workers: int, limits: ReadLimits | None = 
             item_bytes = chunk.num_bytes // max(1, chunk.box.num_elements)
             wanted[rank] += box.num_elements * item_bytes
             if chunk.data_offset < 0:
-                # A foreign item has no checksums and no known beginning: it is read whole.
-                whole_bytes[rank] += chunk.item_length
-                whole_requests[rank] += 1
+                # Of a foreign item, first the head, which says where the tensor begins. At most: heads that lie close
+                # together are read together.
+                foreign_bytes[rank] += min(HEAD_BYTES, chunk.item_length) + box.num_elements * item_bytes
+                foreign_requests[rank] += 2
             else:
                 part = str(opened.chunks[key][0].path[0])
                 pieces[rank, part] += pieces_of(chunk, box.relative_to(chunk.box), len(pieces), limits)
     fetches = {place: fetches_of(of_place, limits) for place, of_place in pieces.items()}
-    read, requests = whole_bytes, whole_requests
+    read, requests = foreign_bytes, foreign_requests
     for (rank, _), of_rank in fetches.items():
         read[rank] += sum(fetch.stop - fetch.start for fetch in of_rank)
         requests[rank] += len(of_rank)

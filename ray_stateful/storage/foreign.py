@@ -1,7 +1,8 @@
 """Checkpoints that stock `dcp.save` wrote: no manifest, no checksums, values as pickles.
 
-Their items are zip archives of `torch.save`. Tensors and values alike are read whole and opened with
-`weights_only=True`, which builds tensors and plain containers and runs nothing.
+Their items are zip archives of `torch.save`. Of a plain tensor, ranges are read from where its first bytes say that
+they are. Whatever else an item holds is read whole and opened with `weights_only=True`, which builds tensors and plain
+containers and runs nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import math
 import posixpath
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +24,11 @@ from ray_stateful.errors import HostileCheckpoint
 from ray_stateful.format.chunks import Box
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.index import MAX_DIMS, IntKey, KeyPath, StoredChunk
+from ray_stateful.format.stock_item import HEAD_BYTES, data_position
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.dcp_metadata import StorageInfo, is_index
 from ray_stateful.storage.pickle_folds import folding_problem
+from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.reading import ReadStatistics, Request, read_exactly
 
 # What torch.save adds to the bytes of one tensor is some 2 KiB; a view is saved with its whole storage by some.
@@ -61,8 +66,48 @@ def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[Store
     return found
 
 
-def read(storage: Storage, path: str, requests: Iterable[Request]) -> ReadStatistics:
-    """Fill tensors from foreign items, each read whole.
+def locate(
+    storage: Storage, path: str, chunks: Iterable[StoredChunk], limits: ReadLimits
+) -> tuple[dict[StoredChunk, StoredChunk], ReadStatistics]:
+    """The chunks of which a range can be read, each with its place; and what it took to find them.
+
+    The first bytes of an item say where those of its tensor begin. Heads that lie close together are read together.
+
+    Raises:
+        DamagedCheckpoint: an item is cut short.
+    """
+    heads = sorted({(c.file, c.item_offset, min(HEAD_BYTES, c.item_length)): c for c in chunks}.items())
+    groups: list[list[tuple[tuple[str, int, int], StoredChunk]]] = []
+    for head in heads:
+        (file, offset, _), last = head[0], groups[-1][-1][0] if groups else None
+        if last is not None and last[0] == file and offset - last[1] - last[2] <= limits.max_gap_bytes:
+            groups[-1].append(head)
+        else:
+            groups.append([head])
+
+    def find(group: list[tuple[tuple[str, int, int], StoredChunk]]) -> list[tuple[StoredChunk, StoredChunk | None]]:
+        (file, start, _), (_, last, length) = group[0][0], group[-1][0]
+        data = read_exactly(storage, path, file, start, last + length)
+        return [(c, _placed(c, data[offset - start : offset - start + size])) for (_, offset, size), c in group]
+
+    with ThreadPoolExecutor(max_workers=limits.num_threads, thread_name_prefix="checkpoint-heads") as pool:
+        found = [pair for pairs in pool.map(find, groups) for pair in pairs]
+    read = sum(group[-1][0][1] + group[-1][0][2] - group[0][0][1] for group in groups)
+    places = {chunk: placed for chunk, placed in found if placed is not None}
+    return places, ReadStatistics(bytes_read=read, num_requests=len(groups))
+
+
+def _placed(chunk: StoredChunk, head: bytes) -> StoredChunk | None:
+    position = data_position(head, chunk.dtype or "", chunk.box.sizes)
+    if position is None or position + chunk.num_bytes > chunk.item_length:
+        return None
+    # Nothing is checked, so a block is one element: of a range nothing else need be read.
+    item_bytes = ITEM_BYTES[chunk.dtype or ""]
+    return replace(chunk, data_offset=chunk.item_offset + position, block_bytes=item_bytes)
+
+
+def read(storage: Storage, path: str, requests: Sequence[Request]) -> ReadStatistics:
+    """Fill tensors from foreign items, each read whole: those that hold more than a plain tensor.
 
     Raises:
         DamagedCheckpoint: an item is cut short.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -142,12 +143,18 @@ def read_requests(
     storage: Storage, path: str, requests: Mapping[str, Sequence[Request]], limits: ReadLimits | None
 ) -> dict[str, ReadStatistics]:
     """Fill tensors from a checkpoint of either kind, all at once; what each group of requests took."""
-    ours = {name: [one for one in group if one.chunk.data_offset >= 0] for name, group in requests.items()}
-    statistics = reading.read(storage, path, ours, limits)
+    limits = limits or ReadLimits()
+    placed: dict[str, list[Request]] = {}
+    whole: dict[str, list[Request]] = {}
+    found = dict.fromkeys(requests, ReadStatistics())
     for name, group in requests.items():
-        theirs = [request for request in group if request.chunk.data_offset < 0]
-        statistics[name] += foreign.read(storage, path, theirs)
-    return statistics
+        theirs = {request.chunk for request in group if request.chunk.data_offset < 0}
+        places, found[name] = foreign.locate(storage, path, theirs, limits)
+        located = [replace(one, chunk=places.get(one.chunk, one.chunk)) for one in group] if theirs else list(group)
+        placed[name] = [one for one in located if one.chunk.data_offset >= 0]
+        whole[name] = [one for one in located if one.chunk.data_offset < 0]
+    statistics = reading.read(storage, path, placed, limits)
+    return {n: statistics[n] + found[n] + foreign.read(storage, path, whole[n]) for n in requests}
 
 
 def value_of(storage: Storage, path: str, chunk: StoredChunk) -> Any:

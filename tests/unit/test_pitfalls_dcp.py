@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
@@ -22,7 +23,7 @@ from ray_stateful.storage import commit, opening
 from ray_stateful.storage.plan_cache import PlanCache
 from ray_stateful.storage.planner import BalancedSavePlanner, assign
 from ray_stateful.storage.ranges import ReadLimits
-from ray_stateful.storage.reader import CheckpointReader
+from ray_stateful.storage.reader import CheckpointReader, read_requests
 from ray_stateful.storage.reading import Request, read
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import Fail, FaultyStorage, Truncate
@@ -157,6 +158,23 @@ def test_the_only_private_names_of_dcp_are_those_a_checkpoint_itself_is_made_of(
         if alias.name.startswith("_")
     }
     assert private <= {"_StorageInfo"}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # stock DCP's, of a save without ranks
+def test_a_shard_of_what_stock_dcp_wrote_is_read_without_the_rest_of_its_chunk(tmp_path):
+    whole = torch.arange(1 << 20, dtype=torch.float32).reshape(1024, 1024)
+    dcp.save({"t": whole, "u": whole.t()}, checkpoint_id=str(tmp_path))
+    storage, path = resolve(str(tmp_path))
+    found = opening.parse(opening.fetch(storage, path))
+    for key, most in (("t", 1.02), ("u", 1.02 * 8)):  # what is no plain contiguous tensor is read whole
+        (chunk,) = found.chunks[key]
+        into = torch.empty(128, 1024)
+        request = Request(chunk, chunk.box.__class__((256, 0), (128, 1024)), into)
+
+        statistics = read_requests(storage, path, {"part": [request]}, None)["part"]
+
+        assert torch.equal(into, (whole if key == "t" else whole.t())[256:384])
+        assert statistics.bytes_read <= most * into.nbytes
 
 
 def test_many_small_tensors_take_few_requests(tmp_path):

@@ -20,7 +20,7 @@ import pyarrow.fs
 
 from ray_stateful.errors import ReportFailed, StorageError
 from ray_stateful.format import layout
-from ray_stateful.ray_metrics import plain_metrics
+from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.runs import DirectoryRun, Run
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.pyarrow import PyarrowStorage

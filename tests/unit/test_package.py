@@ -28,7 +28,7 @@ LAYERS = [
     {"filling"},
     {"matching", "parts", "report"},
     {"ray_callbacks", "ray_data"},
-    {"ray_train", "ray_metrics", "save_requests"},
+    {"ray_train", "plain_metrics", "save_requests"},
     {"stateful_wrappers"},
     {"runs", "wrappers", "states"},
     {"storage"},

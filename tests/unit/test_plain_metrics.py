@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_stateful.ray_metrics import plain_metrics
+from ray_stateful.plain_metrics import plain_metrics
 
 
 class _Level(enum.IntEnum):

@@ -60,8 +60,11 @@ class BackgroundSaver:
             RankTimeout: it has not ended in time.
         """
         assert self._thread is not None
+        assert self._saving is not None
         began = time.monotonic()
+        self._saving.clock.begin("join")
         self._thread.join(self._timeout_s)
+        self._saving.clock.stop()
         if self._thread.is_alive():
             waited_s = time.monotonic() - began
             raise RankTimeout("end a background save", self._ranks.rank, waited_s, "its thread is still writing")

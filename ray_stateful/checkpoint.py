@@ -24,26 +24,29 @@ Restoring
 
 from __future__ import annotations
 
+import functools
 import logging
 import posixpath
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ray_stateful import initial as initial_weights
-from ray_stateful import parts, ray_train, restoring
+from ray_stateful import meters, parts, ray_train, restoring
 from ray_stateful.errors import NoIntactCheckpoint, ReportFailed, SaveFailed, UnevenSteps, UnsupportedState
 from ray_stateful.format.layout import MAX_STEP, CheckpointName
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks, current_rank
+from ray_stateful.ray_meters import Sample
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.restoring import Rejected
 from ray_stateful.runs import Run
+from ray_stateful.stopwatch import Stopwatch
 from ray_stateful.storage.commit import Description, places_digest, repeated
 from ray_stateful.storage.plan_cache import PlanCache, agree, structure_digest, values_digests
 from ray_stateful.storage.planner import BalancedSavePlanner
@@ -55,6 +58,8 @@ from ray_stateful.storage.uris import below
 from ray_stateful.storage.writer import DEFAULT_NUM_FILES, CheckpointWriter
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def save(
@@ -94,10 +99,25 @@ def save(
     return saving.report(ranks)
 
 
+def _counted(step: Callable[[Saving, Ranks], T]) -> Callable[[Saving, Ranks], T]:
+    """A piece of a save whose failure is counted as one of the save, whichever way it was called."""
+
+    @functools.wraps(step)
+    def counted(self: Saving, ranks: Ranks) -> T:
+        try:
+            return step(self, ranks)
+        except Exception:
+            self._tell(ranks, meters.of_failed_save(self.clock.stop(), self.clock, ranks.rank))
+            raise
+
+    return counted
+
+
 class Saving:
     """One save, in pieces that may run at different times: training need only stand still for `collect`.
 
-    Every rank calls all four, in this order: `agree_on_step` (or knows already), `collect`, `write`, `report`.
+    Every rank calls all four, in this order: `agree_on_step` (or knows already), `collect`, `write`, `report`. The
+    thread that trains makes it: `clock` tells by that how long training stood still.
     """
 
     def __init__(
@@ -122,7 +142,8 @@ class Saving:
         self._plans = plans or PlanCache()
         self._planner = BalancedSavePlanner()
         self._began = time.monotonic()
-        self._name, self._num_bytes, self._prepared = "", 0, None
+        self.clock = Stopwatch()
+        self._name, self._num_bytes, self._created_s, self._prepared = "", 0, 0.0, None
 
     def agree_on_step(self, ranks: Ranks) -> None:
         """1. One step, or shards of different steps would be committed as one checkpoint.
@@ -131,6 +152,7 @@ class Saving:
             UnevenSteps, UnsupportedState: ranks are at different steps, or have different parts; on every rank.
             ValueError: of a step that has no name, on the ranks that gave it.
         """
+        self.clock.begin("agree")
         everyone = _compare_parts(ranks, "agree on the step", self._state, self._outcome, self._step)
         if len({step for step, _ in everyone}) > 1:
             raise UnevenSteps({rank: step for rank, (step, _) in enumerate(everyone)})
@@ -141,13 +163,16 @@ class Saving:
 
         Ask the parts; with `staging`, copy the shards as well. An error is kept, and raised everywhere by `write`.
         """
+        self.clock.begin("collect")
         # The rank matters to parts that have a value each, and is the same in every group of all ranks.
         collected = parts.collect(self._state, current_rank(), self._outcome)
         with self._outcome.catch():
             self._planner.set_up_planner(collected)
             if staging is not None:
                 self._planner.stage(staging)
+        self.clock.stop()
 
+    @_counted
     def write(self, ranks: Ranks) -> None:
         """3 to 7, and the first half of 8.
 
@@ -155,6 +180,7 @@ class Saving:
             SaveFailed: on every rank; nothing was committed.
         """
         outcome, planner, run = self._outcome, self._planner, self._run
+        self.clock.begin("plan")
 
         # 3. A name that no other attempt has: shards of two attempts must never share a directory.
         attempt = secrets.token_hex(3)
@@ -174,6 +200,7 @@ class Saving:
         plan, metadata = self._plan(ranks, path, _agree(ranks, path, "plan", outcome, mine))
 
         # 5.
+        self.clock.begin("write")
         storage = run.storage.within(ranks.timeout_s) if isinstance(run.storage, RetryingStorage) else run.storage
         writer = CheckpointWriter(path, storage, num_files=self._num_files, description=self._describe(ranks))
         writer.set_up_storage_writer(ranks.rank == 0, rank=ranks.rank)
@@ -184,9 +211,11 @@ class Saving:
             written = writer.write_data(plan, planner).wait()
 
         # 6.
+        self.clock.begin("wait")
         places = [place for (place,) in _agree(ranks, path, "write", outcome, [places_digest(written)])]
 
         # 7. Only rank 0 commits, and only with everyone's results in hand.
+        self.clock.begin("commit")
         committed = self._plans.committed
         with outcome.catch():
             if self._plans.are_places(places):
@@ -200,15 +229,19 @@ class Saving:
                     assert metadata is not None
                     committed = writer.commit(metadata, results)
         sizes = _agree(ranks, path, "commit", outcome, [writer.num_bytes])
+        self._created_s = time.time()
         self._plans.keep_commit(places, committed)
         self._num_bytes = sum(size for (size,) in sizes)
+        self.clock.stop()
 
+    @_counted
     def report(self, ranks: Ranks) -> SaveReport:
         """8. A rank that reported alone would wait in ray.train.report for peers that never arrive.
 
         Raises:
             ReportFailed: on every rank; the checkpoint is committed.
         """
+        self.clock.begin("report")
         outcome = Outcome()
         with outcome.catch():
             self._run.report(self._prepared)
@@ -216,16 +249,24 @@ class Saving:
         if failures:
             path = posixpath.join(self._run.path, self._name)
             raise ReportFailed(path, {rank: failure.text for rank, failure in failures.items()}) from outcome.error
+        self.clock.stop()
         report = SaveReport(
             name=self._name,
             uri=below(self._run.uri, self._name),
             step=self._step,
             num_bytes=self._num_bytes,
             seconds=time.monotonic() - self._began,
+            seconds_by_phase=dict(self.clock.seconds),
+            stalled_s=self.clock.stalled_s,
+            created_s=self._created_s,
         )
         if ranks.rank == 0:
-            logger.info("%s", report)
+            logger.info("%s", report, extra={"ray_stateful": report.as_fields()})
+        self._tell(ranks, meters.of_save(report, ranks.rank))
         return report
+
+    def _tell(self, ranks: Ranks, samples: list[Sample]) -> None:
+        meters.tell(self._run, self._run.storage, ranks.rank, samples)
 
     def _plan(self, ranks: Ranks, path: str, everyone: Sequence[Sequence[int]]) -> tuple[SavePlan, Metadata | None]:
         """The items of this rank, and on rank 0 what there is altogether.
@@ -321,32 +362,53 @@ def restore(
     _refuse_different_parts(state, [names for _, names in everyone])
     initial_weights.refuse_different(initial, [weights for weights, _ in everyone])
     run = ray_train.find_run(run)
-    run, names = restoring.candidates(run, checkpoint, ranks)
+    source, names = restoring.candidates(run, checkpoint, ranks)
     rejected: dict[str, str] = {}
+    try:
+        report = _restore_newest(state, source, names, ranks, limits, verify, initial, rejected)
+    except Exception:
+        meters.tell(run, source.storage, ranks.rank, meters.of_failed_restore(rejected, ranks.rank))
+        raise
+    if report is None:
+        return None
+    if ranks.rank == 0:
+        logger.info("%s", report, extra={"ray_stateful": report.as_fields()})
+        if not logger.isEnabledFor(logging.INFO):
+            # Outside of Ray, whose workers log at this level, nobody would see it.
+            print(report, flush=True)
+    meters.tell(run, source.storage, ranks.rank, meters.of_restore(report, ranks.rank))
+    return report
+
+
+def _restore_newest(
+    state: Mapping[str, Any],
+    run: Run,
+    names: Iterable[str],
+    ranks: Ranks,
+    limits: ReadLimits | None,
+    verify: str,
+    initial: Any,
+    rejected: dict[str, str],
+) -> ResumeReport | None:
+    """Restore the first of `names` that is intact; those before it are added to `rejected`, with the reason.
+
+    If there are none, the models begin from `initial`; `None` without that.
+    """
     touched: set[str] = set()
     for name in names:
         try:
-            report = restoring.restore_one(state, run, name, ranks, limits, verify, rejected, touched)
+            return restoring.restore_one(state, run, name, ranks, limits, verify, rejected, touched)
         except Rejected as error:
             rejected[name] = str(error)
             if ranks.rank == 0:
-                logger.warning("checkpoint %s can't be used, taking the next older one: %s", name, error)
-            continue
-        return _announced(report, ranks)
+                fields = {"event": "rejected", "checkpoint": name, "why": str(error)}
+                words = "checkpoint %s can't be used, taking the next older one: %s"
+                logger.warning(words, name, error, extra={"ray_stateful": fields})
     if rejected:
         raise NoIntactCheckpoint(run.uri, rejected)
     if initial is None:
         return None
-    return _announced(initial_weights.load(state, initial, ranks, limits, verify), ranks)
-
-
-def _announced(report: ResumeReport, ranks: Ranks) -> ResumeReport:
-    if ranks.rank == 0:
-        logger.info("%s", report)
-        if not logger.isEnabledFor(logging.INFO):
-            # Outside of Ray, whose workers log at this level, nobody would see it.
-            print(report, flush=True)
-    return report
+    return initial_weights.load(state, initial, ranks, limits, verify)
 
 
 def _compare_parts(

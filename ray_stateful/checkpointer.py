@@ -267,6 +267,7 @@ class Checkpointer:
                 self._num_failed,
                 self._soft_fail - self._num_failed,
                 error,
+                extra={"ray_stateful": {"event": "save_failed", "step": self.step_count, "why": str(error)}},
             )
             return None
 

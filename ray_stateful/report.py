@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ray_stateful.format import layout
 from ray_stateful.storage.reading import ReadStatistics
@@ -30,6 +31,7 @@ class ResumeReport:
     `rejected` are newer checkpoints that could not be used, name to reason; `statistics` adds up what all ranks read.
     Of a checkpoint that is not `verified`, which this package did not write, steps, samples and who saved it are not
     known: they are 0, 0 and as many as are here.
+    `created_s` is when the checkpoint was committed, in seconds since 1970; 0 where it does not say.
     """
 
     checkpoint: str
@@ -44,12 +46,34 @@ class ResumeReport:
     rejected: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     initial: bool = False
+    created_s: float = 0.0
 
     @property
     def steps_lost(self) -> int:
         """Optimizer steps between this checkpoint and the newest one that could not be used."""
         names = filter(None, map(layout.parse_name, self.rejected))
         return max((name.step - self.step for name in names), default=0)
+
+    def as_fields(self) -> dict[str, Any]:
+        """The report as plain JSON values, for logs that machines read."""
+        return {
+            "event": "began" if self.initial else "resumed",
+            "checkpoint": self.checkpoint,
+            "step": self.step,
+            "samples": self.samples,
+            "saved_world_size": self.saved_world_size,
+            "world_size": self.world_size,
+            "verified": self.verified,
+            "seconds": round(self.seconds, 6),
+            "bytes_read": self.statistics.bytes_read,
+            "bytes_wanted": self.statistics.bytes_wanted,
+            "num_requests": self.statistics.num_requests,
+            "created_s": self.created_s,
+            "steps_lost": self.steps_lost,
+            "rejected": dict(self.rejected),
+            "parts": {part.name: {"outcome": part.outcome, "details": list(part.details)} for part in self.parts},
+            "notes": list(self.notes),
+        }
 
     def __str__(self) -> str:
         now = "" if self.saved_world_size == self.world_size else f", now {self.world_size}"
@@ -70,17 +94,43 @@ class ResumeReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:
-    """A committed checkpoint: where it is, and what writing it took. The same on every rank."""
+    """A committed checkpoint: where it is, and what writing it took. The same on every rank, but for the clocks.
+
+    `seconds` is from the beginning of the save to its report, and `seconds_by_phase` (see `docs/observability.md`) what
+    became of them; `stalled_s` is how long training stood still, which is all of it unless it was written in the
+    background. `created_s` is when it was committed, in seconds since 1970.
+    """
 
     name: str
     uri: str
     step: int
     num_bytes: int
     seconds: float
+    seconds_by_phase: Mapping[str, float] = field(default_factory=dict)
+    stalled_s: float = 0.0
+    created_s: float = 0.0
+
+    def as_fields(self) -> dict[str, Any]:
+        """The report as plain JSON values, for logs that machines read."""
+        return {
+            "event": "saved",
+            "checkpoint": self.name,
+            "uri": self.uri,
+            "step": self.step,
+            "num_bytes": self.num_bytes,
+            "seconds": round(self.seconds, 6),
+            "seconds_by_phase": {phase: round(took_s, 6) for phase, took_s in self.seconds_by_phase.items()},
+            "stalled_s": round(self.stalled_s, 6),
+            "created_s": self.created_s,
+        }
 
     def __str__(self) -> str:
         rate = f", {size(self.num_bytes / self.seconds)}/s" if self.seconds > 0 else ""
-        return f"saved {self.name} (step {self.step:,}; {size(self.num_bytes)} in {self.seconds:.1f} s{rate})"
+        written = f"{size(self.num_bytes)} in {self.seconds:.1f} s{rate}"
+        # In the foreground, that is all of it.
+        is_all = self.stalled_s > 0.9 * self.seconds
+        waited = "" if is_all else f"; training stood still for {self.stalled_s:.1f} s"
+        return f"saved {self.name} (step {self.step:,}; {written}{waited})"
 
 
 def size(num_bytes: float) -> str:

@@ -158,6 +158,7 @@ def restore_opened(
         parts=tuple(complete(foreseen[p], filled[p], how[p], total[p], opened) for p in sorted(filled)),
         statistics=sum(total.values(), ReadStatistics()),
         rejected=dict(rejected),
+        created_s=opened.manifest.created_s if opened.manifest else 0.0,
         notes=tuple(f"{part}: in the checkpoint, not in the state; left alone" for part in ignored),
     )
 

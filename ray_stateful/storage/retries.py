@@ -162,6 +162,7 @@ class RetryingStorage:
         self.inner = inner
         self.policy = policy or RetryPolicy()
         self.retries: Counter[str] = Counter()
+        self._taken: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[RetryingStorage], tuple[Storage, RetryPolicy]]:
@@ -173,7 +174,7 @@ class RetryingStorage:
     def within(self, timeout_s: float) -> RetryingStorage:
         """The same storage, which gives up before peers that wait for `timeout_s` do; retries are counted together."""
         limited = RetryingStorage(self.inner, self.policy.within(timeout_s))
-        limited.retries, limited._lock = self.retries, self._lock
+        limited.retries, limited._taken, limited._lock = self.retries, self._taken, self._lock
         return limited
 
     @property
@@ -203,6 +204,13 @@ class RetryingStorage:
     def note_retry(self, operation: str) -> None:
         with self._lock:
             self.retries[operation] += 1
+
+    def take_retries(self) -> Mapping[str, int]:
+        """The retries since this was last called, by name: each is given once."""
+        with self._lock:
+            new = self.retries - self._taken
+            self._taken.update(new)
+            return new
 
     def _retried(self, operation: str, path: str, function: Callable[[], T]) -> T:
         return retried(operation, path, function, self.policy, self.note_retry)

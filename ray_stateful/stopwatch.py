@@ -1,0 +1,46 @@
+"""Where the seconds of a save go: by phase, and how many of them training stood still for. Pure, but for the clock."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+
+class Stopwatch:
+    """Seconds by phase. A phase lasts until the next one of the same thread begins, or until `stop`.
+
+    The thread that makes the stopwatch is the one that trains: what passes in its phases, training stood still for.
+    Another thread may have phases of its own at the same time.
+
+    Attributes:
+        seconds: By phase, in the order in which they ended.
+        stalled_s: Those of the thread that trains.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.stalled_s = 0.0
+        self._trains = threading.get_ident()
+        # By thread: a background save is written by one while training waits for it in another.
+        self._open: dict[int, tuple[str, float]] = {}
+
+    def begin(self, phase: str) -> None:
+        """End this thread's phase, if there is one, and begin another."""
+        self.stop()
+        self._open[threading.get_ident()] = (phase, time.monotonic())
+
+    def stop(self) -> str:
+        """End this thread's phase.
+
+        Returns:
+            Its name; empty if there is none.
+        """
+        thread = threading.get_ident()
+        if thread not in self._open:
+            return ""
+        phase, since = self._open.pop(thread)
+        took_s = time.monotonic() - since
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + took_s
+        if thread == self._trains:
+            self.stalled_s += took_s
+        return phase

@@ -97,7 +97,7 @@ def coverage_problems(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
 
     Whether they are takes time in proportion to their number, whatever they are: they may be a stranger's.
     """
-    if len(boxes) == 1 and boxes[0].sizes == tuple(shape) and not any(boxes[0].offsets):
+    if _are_rows(tuple(shape), boxes):
         return []
     outside = (f"{_text(box)} is outside of shape {tuple(shape)}" for box in boxes if not _inside(shape, box))
     problems = list(islice(outside, _MAX_PROBLEMS))
@@ -113,6 +113,18 @@ def coverage_problems(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
     overlaps = islice(_overlaps(solid, cut), _MAX_PROBLEMS)
     problems = list(dict.fromkeys(f"{_text(a)} and {_text(b)} overlap" for a, b in overlaps))
     return problems or [f"chunks hold {covered:,} of {volume:,} elements of shape {tuple(shape)}"]
+
+
+def _are_rows(shape: Ints, boxes: Sequence[Box]) -> bool:
+    """Whether boxes are whole rows of a tensor, one run behind the other: what FSDP makes, and soon said."""
+    if not shape:
+        return len(boxes) == 1 and boxes[0] == Box((), ())
+    stop, inner, zeros = 0, shape[1:], (0,) * (len(shape) - 1)
+    for box in sorted(boxes):
+        if box.sizes[1:] != inner or box.offsets[1:] != zeros or box.offsets[0] != stop or box.sizes[0] < 1:
+            return False
+        stop += box.sizes[0]
+    return stop == shape[0]
 
 
 def _is_tiling(shape: Sequence[int], boxes: Sequence[Box], cut: Sequence[int]) -> bool:

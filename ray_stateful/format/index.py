@@ -218,7 +218,12 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
         columns = {field.name: _values_of(table.column(field.name)) for field in SCHEMA}
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
         raise HostileCheckpoint(where, f"not an index: {error}") from error
-    rows = [_row(columns, n, where) for n in range(table.num_rows)]
+    # One for all chunks of a tensor.
+    paths: dict[str, KeyPath] = {}
+    for n, text in enumerate(columns["path"]):
+        if text not in paths:
+            paths[text] = _path_from_json(text, f"{where}: row {n}")
+    rows = [_row(columns, n, paths) for n in range(table.num_rows)]
     values = sum(len(row.value) for row in rows if row.value is not None)
     if values > MAX_REPEATED_BYTES + len(data):
         # Each row's value is decoded by itself, however often the file repeats one by reference.
@@ -232,10 +237,10 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
     return rows
 
 
-def _row(columns: dict[str, list[Any]], n: int, where: str) -> StoredChunk:
+def _row(columns: dict[str, list[Any]], n: int, paths: Mapping[str, KeyPath]) -> StoredChunk:
     return StoredChunk(
         key=columns["key"][n],
-        path=_path_from_json(columns["path"][n], f"{where}: row {n}"),
+        path=paths[columns["path"][n]],
         dtype=columns["dtype"][n],
         shape=tuple(columns["shape"][n]),
         box=Box(tuple(columns["offsets"][n]), tuple(columns["sizes"][n])),

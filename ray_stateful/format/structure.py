@@ -18,8 +18,9 @@ def structure_problem(rows: Iterable[StoredChunk]) -> str | None:
     children: dict[KeyPath, dict[bool, set[str | int]]] = {}
     leaves: set[KeyPath] = set()
     for row in rows:
-        path, text = row.path, _as_text(row.path)
-        above = [depth for depth in range(1, len(path)) if text[:depth] in trees]
+        path = row.path
+        text = _as_text(path) if trees else ()
+        above = [depth for depth in range(1, len(path)) if text[:depth] in trees] if trees else []
         if above and (row.is_tree or row.dtype is not None):
             return f"{row.key!r} is below a tree, which would stand for it"
         if above:

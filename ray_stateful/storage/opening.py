@@ -187,7 +187,8 @@ def _opened(path: str, manifest: Manifest | None, rows: list[StoredChunk]) -> Op
     for key, of_key in chunks.items():
         _check_whole(path, key, of_key)
     _check_apart(path, rows)
-    problem = structure_problem(rows)
+    # One row of each entry: the others have its path.
+    problem = structure_problem([*(of_key[0] for of_key in chunks.values()), *(row for row in rows if row.is_tree)])
     if problem is not None:
         raise HostileCheckpoint(path, problem)
     return OpenCheckpoint(

@@ -24,6 +24,7 @@ class Staging:
         self._buffers: dict[tuple[str, Offsets], torch.Tensor] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
+    @torch.no_grad()
     def fill(self, flat: Mapping[str, Any]) -> StagedTensors:
         """Copy the local tensors of a flat state dict.
 

@@ -101,7 +101,10 @@ def _walk(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
         if type(step) not in (str, int, IntKey):
             key = ".".join(map(str, path))
             raise UnsupportedState(key, f"a dict with the key {step!r} above a tensor", "use strings or ints as keys")
-        yield from _walk(child, (*path, step))
+        if type(child) in _LEAVES:
+            yield (*path, step), child
+        else:
+            yield from _walk(child, (*path, step))
 
 
 def _children(value: Any) -> list[tuple[Any, Any]] | None:

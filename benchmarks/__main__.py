@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import background, drawing, limits, planning, restoring, saving
+from benchmarks import background, drawing, gpu, limits, planning, restoring, saving
 from benchmarks.measuring import Ratio, machine
 from benchmarks.peers import Place
 from benchmarks.s3_server import ENVIRONMENT, s3_server
 from benchmarks.settings import QUICK, Settings
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("limits", "checksums", "planning", "save", "restore", "background")
+PARTS = ("limits", "checksums", "planning", "save", "restore", "background", "gpu")
 
 
 def main() -> None:
@@ -52,6 +52,7 @@ def main() -> None:
                 "save": lambda: saving.run(settings, local, remote),
                 "restore": lambda: restoring.run(settings, local, remote),
                 "background": lambda: background.run(settings, local),
+                "gpu": lambda: gpu.run(settings, local),
             }
             for part in PARTS:
                 if arguments.parts and part not in arguments.parts:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from benchmarks.states import FEW, MANY, Size
 
-_SLOW = Size(250_000_000, 3)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -15,14 +13,12 @@ class Settings:
 
     Attributes:
         small, large: The two model sizes in bytes.
-        slow: What the slowest peers restore, at latencies at which each tensor costs them most of a second.
         repeats: How often each contender is measured.
         train_s: How long a training is that saves in the background, two or three times.
     """
 
     small: int = 250_000_000
     large: int = 1_000_000_000
-    slow: Size = _SLOW
     repeats: int = 3
     num_ranks: int = 4
     train_s: float = 15.0
@@ -35,7 +31,6 @@ class Settings:
 QUICK = Settings(
     small=50_000_000,
     large=100_000_000,
-    slow=Size(50_000_000, 1),
     repeats=2,
     train_s=6.0,
     planning_ranks=(64, 256),

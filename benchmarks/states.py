@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 _MATRICES = {"attention_in": (1, 1), "attention_out": (1, 1), "up": (4, 1), "down": (1, 4)}
@@ -44,7 +44,7 @@ FEW, MANY = 17, 167
 
 
 class Layer(nn.Module):
-    def __init__(self, width: int, mesh: object) -> None:
+    def __init__(self, width: int, mesh: DeviceMesh) -> None:
         super().__init__()
         for name, (rows, columns) in _MATRICES.items():
             self.register_parameter(name, nn.Parameter(_sharded((rows * width, columns * width), mesh)))
@@ -53,15 +53,15 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, device: str) -> None:
         super().__init__()
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
         self.layers = nn.ModuleList(Layer(size.width, mesh) for _ in range(size.num_layers))
 
 
-def build(size: Size) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(size: Size, device: str = "cpu") -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model and its optimizer, filled; collective."""
-    model = Model(size)
+    model = Model(size, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for parameter in model.parameters():
         state = {name: torch.empty_like(parameter) for name in _MOMENTS}
@@ -93,7 +93,7 @@ def clear(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def check(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Every element is what `fill` made it, or an AssertionError."""
     for number, tensor in enumerate(tensors(model, optimizer)):
-        assert torch.equal(tensor.to_local(), _expected(tensor, number)), f"tensor {number} came back wrong"
+        assert torch.equal(tensor.to_local().cpu(), _expected(tensor, number)), f"tensor {number} came back wrong"
 
 
 def local_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -101,9 +101,9 @@ def local_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.to_local().nbytes for tensor in tensors(model, optimizer))
 
 
-def _sharded(shape: tuple[int, ...], mesh: object) -> DTensor:
+def _sharded(shape: tuple[int, ...], mesh: DeviceMesh) -> DTensor:
     first, stop = _rows(shape[0])
-    local = torch.zeros((stop - first, *shape[1:]))
+    local = torch.zeros((stop - first, *shape[1:]), device=mesh.device_type)
     stride = (shape[1], 1) if len(shape) == 2 else (1,)
     return DTensor.from_local(
         local,

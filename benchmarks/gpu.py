@@ -1,0 +1,91 @@
+"""On a CUDA device: what a background save stops training for, against the raw copy of the same bytes to pinned memory.
+
+One process, one device, NCCL. Without a device there is nothing to measure, and the command says so.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import states
+from benchmarks.measuring import Ratio, ratio, seconds_of
+from benchmarks.peers import Place, fresh_directory
+from benchmarks.settings import Settings
+from ray_stateful import Checkpointer, ModelState, OptimizerState
+
+Row = dict[str, Any]
+
+
+def run(settings: Settings, place: Place) -> tuple[list[Row], list[Ratio]]:
+    if not torch.cuda.is_available():
+        print("  no CUDA device: nothing is measured", flush=True)
+        return [], []
+    torch.cuda.set_device(0)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        rows = _stalls(settings, place)
+    finally:
+        dist.destroy_process_group()
+    for row in rows:
+        print(
+            f"  {row['what']:<24} {row['seconds'] * 1e3:8.1f} ms  {row['bytes'] / row['seconds'] / 1e9:8.2f} GB/s",
+            flush=True,
+        )
+    # The host is free before the device is: what stops a training is that its next step may not write yet.
+    return rows, [
+        ratio(
+            "gpu.stall_vs_pinned_copy",
+            seconds_of(rows, what="stall"),
+            seconds_of(rows, what="raw pinned copy"),
+            target=1.2,
+            at_most=True,
+        ),
+        ratio(
+            "gpu.host_stall_vs_pinned_copy",
+            seconds_of(rows, what="stall of the host"),
+            seconds_of(rows, what="raw pinned copy"),
+        ),
+    ]
+
+
+def _stalls(settings: Settings, place: Place) -> list[Row]:
+    """Seconds until the host goes on, and until the training stream may write again; and of the raw copy, alone."""
+    fresh_directory(place)
+    model, optimizer = states.build(settings.sizes()[2], "cuda")
+    state = {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}
+    shards = [tensor.to_local() for tensor in states.tensors(model, optimizer)]
+    buffers = [torch.empty(shard.shape, dtype=shard.dtype, pin_memory=True) for shard in shards]
+    num_bytes = sum(shard.nbytes for shard in shards)
+    rows: list[Row] = []
+    with Checkpointer(state, background=True, at_end=False, run=place.uri) as checkpointer:
+        for repeat in range(2 * settings.repeats + 1):
+            checkpointer.request_save()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            checkpointer.step()
+            host_s = time.perf_counter() - began
+            torch.cuda.current_stream().synchronize()
+            stall_s = time.perf_counter() - began
+            # Alone: what is written meanwhile would slow the copy down, and make the stall look good.
+            checkpointer.wait()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for shard, buffer in zip(shards, buffers, strict=True):
+                buffer.copy_(shard, non_blocking=True)
+            torch.cuda.synchronize()
+            copy_s = time.perf_counter() - began
+            # The first save plans, and pins its buffers.
+            if repeat > 0:
+                rows += [
+                    {"part": "gpu", "what": what, "seconds": seconds, "bytes": num_bytes, "repeat": repeat - 1}
+                    for what, seconds in (
+                        ("stall", stall_s),
+                        ("stall of the host", host_s),
+                        ("raw pinned copy", copy_s),
+                    )
+                ]
+    return rows

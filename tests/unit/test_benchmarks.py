@@ -8,7 +8,7 @@ import pyarrow.fs
 import pytest
 
 from benchmarks import __main__ as main
-from benchmarks import limits, planning, s3_server
+from benchmarks import limits, page, planning, s3_server
 from benchmarks.measuring import Ratio, ratio
 from benchmarks.peers import Place
 from benchmarks.settings import QUICK
@@ -106,3 +106,10 @@ def test_results_of_parts_that_were_not_run_are_kept(tmp_path):
     assert found["ratios"] == {"save.x": 1, "plan.x": 3}
     assert [row["part"] for row in found["rows"]] == ["limits", "checksums"]
     assert (tmp_path / "ratios.png").stat().st_size > 1000
+
+
+def test_the_page_says_what_was_measured_and_every_ratio_has_words():
+    content = json.loads(page.RESULTS.read_text())
+    assert page.filled(page.PAGE.read_text(), content) == page.PAGE.read_text()
+    assert content["ratios"].keys() <= page.WORDS.keys()
+    assert not content["quick"]

@@ -24,3 +24,19 @@ def s3_environment(s3_server: servers.S3Server, monkeypatch: pytest.MonkeyPatch)
     for name, value in servers.S3_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[servers.GcsServer]:
+    """An emulator of Google Cloud Storage, started once. Use a bucket of your own."""
+    with servers.gcs_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azure_server() -> Iterator[servers.AzureServer]:
+    """An Azurite, started once. Use a container of your own."""
+    if servers.AZURITE is None:
+        pytest.skip(servers.AZURITE_MISSING)
+    with servers.azure_server() as server:
+        yield server

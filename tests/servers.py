@@ -6,7 +6,10 @@ A server's process watches its standard input: that is closed when the tests end
 from __future__ import annotations
 
 import http.server
+import json
 import os
+import secrets
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +17,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+import pyarrow.fs
 
 REGION = "us-east-1"
 
@@ -34,6 +39,74 @@ server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
+"""
+
+# The emulator serves one request after another as it is shipped. A client that reads ranges keeps one answer open while
+# it asks for the next: that waits for ever. Its tables are not made for threads, so only what moves an object's bytes
+# to the client is served beside the rest. Nor does it list what marks a directory beside the directory's files, which
+# `includeTrailingDelimiter=True` asks for: pyarrow finds directories by that.
+_GCS_SERVER = """
+import http.server, logging, sys, threading
+from functools import partial
+from gcp_storage_emulator.server import RequestHandler
+from gcp_storage_emulator.storage import Storage
+logging.disable(logging.CRITICAL)
+tables = threading.Lock()
+class Handler(RequestHandler):
+    def do_GET(self):
+        if "alt=media" in self.path or not self.path.startswith("/storage/v1/"):
+            super().do_GET()
+        else:
+            with tables:
+                super().do_GET()
+    def do_POST(self):
+        with tables:
+            super().do_POST()
+    def do_PUT(self):
+        # The client waits for this for a second before it sends the rest.
+        if self.headers.get("Expect"):
+            self.wfile.write(b"HTTP/1.1 100 Continue\\r\\n\\r\\n")
+        with tables:
+            super().do_PUT()
+    def do_DELETE(self):
+        with tables:
+            super().do_DELETE()
+class Listing(Storage):
+    def _apply_list_delimiter(self, candidates, prefix, delimiter, match_glob):
+        files, prefixes = super()._apply_list_delimiter(candidates, prefix, delimiter, match_glob)
+        return files + [file for name, file in candidates if name in prefixes], prefixes
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+    def handle_error(self, request, client_address):
+        pass  # a client that drops an answer
+server = Server(("127.0.0.1", 0), partial(Handler, Listing(use_memory_fs=True)))
+threading.Thread(target=server.serve_forever, daemon=True).start()
+print(server.server_address[1], flush=True)
+sys.stdin.read()
+"""
+
+# Azurite is a program of Node's, and not from PyPI: the tests that need it run where it is found.
+AZURITE = os.environ.get("AZURITE_BLOB") or shutil.which("azurite-blob")
+AZURITE_MISSING = "azurite-blob is not installed: `npm install azurite`, and PATH or AZURITE_BLOB that leads to it"
+
+# Of every Azurite, and printed in its manual.
+AZURITE_ACCOUNT = "devstoreaccount1"
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+# Azurite does not watch its standard input; this process does, and ends it.
+_AZURE_SERVER = """
+import re, subprocess, sys
+azurite = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+try:
+    for line in azurite.stdout:
+        if listening := re.search(r"successfully listens on http://127.0.0.1:(\\d+)", line):
+            print(listening[1], flush=True)
+            sys.stdin.read()
+            break
+finally:
+    azurite.kill()
+    azurite.wait()
 """
 
 
@@ -64,11 +137,82 @@ class S3Server:
         return f"s3://{path}?scheme=http&{where}&region={REGION}"
 
 
+@dataclass(frozen=True, slots=True)
+class GcsServer:
+    """Where a running emulator of Google Cloud Storage listens."""
+
+    port: int
+
+    def make_bucket(self, prefix: str) -> str:
+        """A new one."""
+        bucket = f"{prefix}-{secrets.token_hex(4)}"
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/storage/v1/b?project=p",
+            data=json.dumps({"name": bucket}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30):
+            return bucket
+
+    def uri(self, path: str, port: int | None = None) -> str:
+        """`path` ("bucket/directory") as pyarrow takes it; by way of a proxy at `port`."""
+        return f"gs://anonymous@{path}?scheme=http&endpoint_override=127.0.0.1%3A{port or self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class AzureServer:
+    """Where a running Azurite listens."""
+
+    port: int
+
+    def filesystem(self, port: int | None = None, account_key: str = AZURITE_KEY) -> pyarrow.fs.FileSystem:
+        """The account's filesystem; by way of a proxy at `port`. No URI of pyarrow's takes an account key."""
+        where = f"127.0.0.1:{port or self.port}"
+        return pyarrow.fs.AzureFileSystem(
+            account_name=AZURITE_ACCOUNT,
+            account_key=account_key,
+            blob_storage_authority=where,
+            dfs_storage_authority=where,
+            blob_storage_scheme="http",
+            dfs_storage_scheme="http",
+        )
+
+    def make_container(self, prefix: str) -> str:
+        """A new one: of one that is there, Azurite's answer makes the client wait for seconds, now and then."""
+        container = f"{prefix}-{secrets.token_hex(4)}"
+        self.filesystem().create_dir(container)
+        return container
+
+
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
     """A moto S3 server. It keeps all objects in memory, and serves about 65 MB/s."""
+    with _python_server(_S3_SERVER) as (port, pid):
+        yield S3Server(port, pid)
+
+
+@contextmanager
+def gcs_server() -> Iterator[GcsServer]:
+    """An emulator of Google Cloud Storage. It keeps all objects in memory."""
+    with _python_server(_GCS_SERVER) as (port, _):
+        yield GcsServer(port)
+
+
+@contextmanager
+def azure_server() -> Iterator[AzureServer]:
+    """An Azurite blob server. It keeps all objects in memory. `AZURITE` must not be `None`."""
+    assert AZURITE is not None
+    # The newest API version that a client asks for is always newer than the newest that Azurite knows.
+    flags = ["--blobPort", "0", "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--silent"]
+    with _python_server(_AZURE_SERVER, AZURITE, *flags) as (port, _):
+        yield AzureServer(port)
+
+
+@contextmanager
+def _python_server(source: str, *arguments: str) -> Iterator[tuple[int, int]]:
+    """The port and process id of a server whose program prints its port, and ends with its standard input."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _S3_SERVER],
+        [sys.executable, "-c", source, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
@@ -78,8 +222,8 @@ def s3_server() -> Iterator[S3Server]:
     assert process.stdout is not None
     try:
         port = process.stdout.readline().strip()
-        assert port, f"the S3 server ended with {process.wait()} before it listened"
-        yield S3Server(int(port), process.pid)
+        assert port, f"the server ended with {process.wait()} before it listened"
+        yield int(port), process.pid
     finally:
         process.stdin.close()
         try:

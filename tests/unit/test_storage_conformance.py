@@ -13,7 +13,7 @@ from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import FaultyStorage
 from ray_stateful.testing.storage_tests import StorageTests
-from tests.servers import S3Server
+from tests.servers import AzureServer, GcsServer, S3Server
 
 
 class TestLocal(StorageTests):
@@ -61,6 +61,47 @@ class TestS3Subtree(StorageTests):
         bucket = s3_environment.make_bucket("conformance")
         filesystem, _ = pyarrow.fs.FileSystem.from_uri(s3_environment.uri(bucket))
         return PyarrowStorage(pyarrow.fs.SubTreeFileSystem(f"{bucket}/directory", filesystem))
+
+
+class TestGcs(StorageTests):
+    """As a URI gives it: with retries and deadlines."""
+
+    large_bytes = 9 << 20
+
+    @pytest.fixture
+    def storage(self, gcs_server: GcsServer) -> RetryingStorage:
+        storage, self.root = resolve(gcs_server.uri(gcs_server.make_bucket("conformance")))
+        return storage
+
+
+class TestGcsSubtree(StorageTests):
+    large_bytes = 1 << 20
+
+    @pytest.fixture
+    def storage(self, gcs_server: GcsServer) -> PyarrowStorage:
+        bucket = gcs_server.make_bucket("subtree")
+        filesystem, _ = pyarrow.fs.FileSystem.from_uri(gcs_server.uri(bucket))
+        return PyarrowStorage(pyarrow.fs.SubTreeFileSystem(f"{bucket}/directory", filesystem))
+
+
+class TestAzure(StorageTests):
+    """With retries and deadlines."""
+
+    large_bytes = 11 << 20
+
+    @pytest.fixture
+    def storage(self, azure_server: AzureServer) -> RetryingStorage:
+        self.root = azure_server.make_container("conformance")
+        return RetryingStorage(PyarrowStorage(azure_server.filesystem()))
+
+
+class TestAzureSubtree(StorageTests):
+    large_bytes = 1 << 20
+
+    @pytest.fixture
+    def storage(self, azure_server: AzureServer) -> PyarrowStorage:
+        container = azure_server.make_container("subtree")
+        return PyarrowStorage(pyarrow.fs.SubTreeFileSystem(f"{container}/directory", azure_server.filesystem()))
 
 
 class TestFaultyWithoutFaults(StorageTests):

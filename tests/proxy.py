@@ -23,10 +23,13 @@ from typing import BinaryIO
 #   slow_first_byte  the request is done, and answered after `slow_s`
 #   lost_reply       the request is done, and the connection reset instead of an answer
 #   short_reply      the request is done, and the connection closed in the middle of the answer
+# and, not among those that pass,
+#   403              the client may not; the request is not done
 KINDS = ("503", "500", "reset", "stall", "slow_first_byte", "lost_reply", "short_reply")
 
 _ERROR_BODIES = {
     "503": b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+    "403": b"<Error><Code>AccessDenied</Code><Message>Access denied.</Message></Error>",
     "500": b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>",
 }
 
@@ -173,9 +176,10 @@ def _serve_one(running: Proxy, client: socket.socket, reader: BinaryIO, server_p
     if kind in _ERROR_BODIES:
         running._note(Seen(line, len(body), 0, kind))
         answer = b"" if method == "HEAD" else _ERROR_BODIES[kind]
+        # An empty answer that says it is XML ends a process that reads it with Azure's client.
+        content_type = "Content-Type: application/xml\r\n" if answer else ""
         client.sendall(
-            f"HTTP/1.1 {kind} Fault\r\nContent-Type: application/xml\r\nContent-Length: {len(answer)}\r\n\r\n".encode()
-            + answer
+            f"HTTP/1.1 {kind} Fault\r\n{content_type}Content-Length: {len(answer)}\r\n\r\n".encode() + answer
         )
         return True
     answer_head, answer, whole = _forward(server_port, method, head, body)

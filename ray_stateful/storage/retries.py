@@ -114,6 +114,7 @@ _TRANSIENT_ERRNOS = frozenset(
 _PERMANENT_WORDS = re.compile(
     r"AWS Error (ACCESS_DENIED|INVALID_\w+|NO_SUCH_\w+|RESOURCE_NOT_FOUND|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT)"
     r"|HTTP status (400|401|403|404|405|409|411|412|413|416)\b"
+    r"|Azure Error: \[\w*\] (400|401|403|404|405|409|411|412|413|416)\b"
     r"|\b(PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE)\b"
     r"|\b(AccessDenied|AuthenticationFailed|AuthorizationFailure|AuthorizationPermissionMismatch|ContainerNotFound"
     r"|InvalidAccessKeyId|NoSuchBucket|NoSuchKey|SignatureDoesNotMatch|QuotaExceeded)\b"
@@ -129,6 +130,7 @@ _TRANSIENT_WORDS = re.compile(
     r"|\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|ABORTED)\b"
     # Azure, by its error codes, and by what its transport says.
     r"|\b(ServerBusy|OperationTimedOut|InternalServerError)\b|\b(429|500|502|503|504) [A-Z]"
+    r"|Azure Error: \[\w*\] (408|429|5\d\d)\b"
     r"|Fail(ed)? to (get a new connection|send|poll)|Error while (polling|sending|reading)|Connection (was )?closed"
     # What sockets say, by way of anything.
     r"|[Cc]onnection (reset|refused|aborted|timed out)|[Bb]roken pipe|[Tt]imed? ?out|[Tt]emporar(il)?y",

@@ -42,6 +42,7 @@ TRANSIENT = [
     "GetProperties for 'http://host/c/f' failed. Azure Error: [ServerBusy] 503 The server is busy.",
     "Azure Error: [OperationTimedOut] 500 Operation could not be completed in time.",
     "Azure Error: [] Fail to get a new connection for: http://host:10000. Could not connect to server",
+    "GetProperties failed for 'http://host/c/f'. Azure Error: [] 503 \n\nRequest ID: ",
     "ClientError: An error occurred (SlowDown) when calling the PutObject operation: Please reduce your request rate.",
 ]
 PERMANENT = [
@@ -53,6 +54,7 @@ PERMANENT = [
     "google::cloud::Status(UNAUTHENTICATED: Permanent error in InsertObjectMedia)",
     "Azure Error: [AuthorizationPermissionMismatch] 403 This request is not authorized to perform this operation.",
     "Azure Error: [ContainerNotFound] 404 The specified container does not exist.",
+    "GetProperties failed for 'http://host/timeout/temporary'. Azure Error: [] 403 Forbidden",
     "something that nobody has seen before",
 ]
 

@@ -42,7 +42,7 @@ def located(place: Any) -> tuple[RetryingStorage, str]:
         OSError, ValueError: as `resolve`.
     """
     if hasattr(place, "filesystem") and hasattr(place, "path"):
-        return RetryingStorage(PyarrowStorage(place.filesystem)), str(place.path)
+        return RetryingStorage(PyarrowStorage(with_timeouts(place.filesystem))), str(place.path)
     return resolve(os.fspath(place))
 
 

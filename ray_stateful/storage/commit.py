@@ -189,9 +189,7 @@ def commit(
     index_bytes = index.stream_of(committed.columns)
     contents = {layout.DCP_METADATA: committed.metadata, layout.INDEX: index_bytes}
     manifest = _manifest(files, contents, description)
-    # What no reader would take is not committed: the first to find out must not be the restore that needs it.
-    sizes = {name: file.size for name, file in manifest.files.items()}
-    opening.parse(opening.RawCheckpoint(path=path, sizes=sizes, manifest=manifest.to_json(), index=index_bytes))
+    _check_readable(path, manifest, index_bytes)
     _write(storage, path, contents, manifest)
     return committed
 
@@ -208,7 +206,17 @@ def commit_again(
     """
     files = {written.name: written.file for of_rank in everyone for written in of_rank.files}
     contents = {layout.DCP_METADATA: committed.metadata, layout.INDEX: committed.again(everyone)}
-    _write(storage, path, contents, _manifest(files, contents, description))
+    manifest = _manifest(files, contents, description)
+    # All that a reader refuses is about places, but for one thing.
+    if sum(len(value) for of_rank in everyone for value in of_rank.values if value) > index.MAX_REPEATED_BYTES:
+        _check_readable(path, manifest, contents[layout.INDEX])
+    _write(storage, path, contents, manifest)
+
+
+def _check_readable(path: str, manifest: Manifest, index_bytes: bytes) -> None:
+    # What no reader would take is not committed: the first to find out must not be the restore that needs it.
+    sizes = {name: file.size for name, file in manifest.files.items()}
+    opening.parse(opening.RawCheckpoint(path=path, sizes=sizes, manifest=manifest.to_json(), index=index_bytes))
 
 
 def _manifest(files: Mapping[str, StoredFile], contents: Mapping[str, bytes], description: Description) -> Manifest:

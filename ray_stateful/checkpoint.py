@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import posixpath
 import secrets
 import sys
@@ -45,7 +46,7 @@ from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks, current_rank
 from ray_stateful.ray_meters import Sample
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.restoring import Rejected
-from ray_stateful.runs import Run
+from ray_stateful.runs import Run, within
 from ray_stateful.stopwatch import Stopwatch
 from ray_stateful.storage.commit import Description, places_digest, repeated
 from ray_stateful.storage.plan_cache import PlanCache, agree, structure_digest, values_digests
@@ -55,7 +56,7 @@ from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.staging import Staging
 from ray_stateful.storage.structure import meshes_of
 from ray_stateful.storage.uris import below
-from ray_stateful.storage.writer import DEFAULT_NUM_FILES, CheckpointWriter
+from ray_stateful.storage.writer import DEFAULT_NUM_FILES, CheckpointWriter, check_num_files
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def save(
 
     Raises:
         UnsupportedState: the state of some rank is not one; on every rank, before anything is written.
+        ValueError: `step` or `num_files` is absurd, on the ranks that gave it; or there is no run to save to.
         UnevenSteps: on every rank, before anything is written.
         SaveFailed: on every rank; nothing was committed, and the next save can succeed.
         ReportFailed: on every rank; the checkpoint is committed, but Ray does not know of it.
@@ -137,6 +139,7 @@ class Saving:
             parts.check(state)
             if not 0 <= step <= MAX_STEP:
                 raise ValueError(f"step is {step}; a checkpoint's name has room for 0 to {MAX_STEP:,}")
+            check_num_files(num_files)
         self._state, self._metrics, self._run = state, dict(metrics or {}), run
         self._step, self._samples, self._num_files = step, samples, num_files
         self._plans = plans or PlanCache()
@@ -144,16 +147,18 @@ class Saving:
         self._began = time.monotonic()
         self.clock = Stopwatch()
         self._name, self._num_bytes, self._created_s, self._prepared = "", 0, 0.0, None
+        self._seconds = 0.0
 
+    @_counted
     def agree_on_step(self, ranks: Ranks) -> None:
         """1. One step, or shards of different steps would be committed as one checkpoint.
 
         Raises:
             UnevenSteps, UnsupportedState: ranks are at different steps, or have different parts; on every rank.
-            ValueError: of a step that has no name, on the ranks that gave it.
+            ValueError: of a step that has no name, or an absurd number of files, on the ranks that gave it.
         """
         self.clock.begin("agree")
-        everyone = _compare_parts(ranks, "agree on the step", self._state, self._outcome, self._step)
+        everyone = _compare_parts(ranks, "agree on the step", self._state, self._outcome, [self._step])
         if len({step for step, _ in everyone}) > 1:
             raise UnevenSteps({rank: step for rank, (step, _) in enumerate(everyone)})
         _refuse_different_parts(self._state, [names for _, names in everyone])
@@ -216,22 +221,21 @@ class Saving:
 
         # 7. Only rank 0 commits, and only with everyone's results in hand.
         self.clock.begin("commit")
-        committed = self._plans.committed
+        committed, is_repeated = self._plans.committed, self._plans.are_places(places)
+        everyone: list[Any] = ranks.gather("gather results", repeated(written) if is_repeated else written)
         with outcome.catch():
-            if self._plans.are_places(places):
-                everyone = ranks.gather("gather results", repeated(written))
-                if ranks.rank == 0:
-                    assert committed is not None
-                    writer.commit_again(committed, everyone)
-            else:
-                results = ranks.gather("gather results", written)
-                if ranks.rank == 0:
-                    assert metadata is not None
-                    committed = writer.commit(metadata, results)
+            if ranks.rank == 0 and is_repeated:
+                assert committed is not None
+                writer.commit_again(committed, everyone)
+            elif ranks.rank == 0:
+                assert metadata is not None
+                committed = writer.commit(metadata, everyone)
         sizes = _agree(ranks, path, "commit", outcome, [writer.num_bytes])
         self._created_s = time.time()
         self._plans.keep_commit(places, committed)
         self._num_bytes = sum(size for (size,) in sizes)
+        # Until here: a background save is reported when the training thread next has a moment for it.
+        self._seconds = time.monotonic() - self._began
         self.clock.stop()
 
     @_counted
@@ -255,7 +259,7 @@ class Saving:
             uri=below(self._run.uri, self._name),
             step=self._step,
             num_bytes=self._num_bytes,
-            seconds=time.monotonic() - self._began,
+            seconds=self._seconds,
             seconds_by_phase=dict(self.clock.seconds),
             stalled_s=self.clock.stalled_s,
             created_s=self._created_s,
@@ -339,8 +343,9 @@ def restore(
         yet, and no initial weights were given.
 
     Raises:
-        ValueError: `initial` is given together with `checkpoint`, without a `ModelState` in the state, or not the same
-            on all ranks.
+        UnsupportedState: the state of some rank is not one, or has other parts; on every rank.
+        ValueError: `initial` is given together with `checkpoint`, or without a `ModelState` in the state; either of
+            them is not the same on all ranks; or there is no run to look in.
         StateMismatch: on every rank, before anything is loaded; lists every missing, unexpected and misshapen key.
         ResizeRefused: on every rank, before anything is loaded; a part has no rule for this number of workers.
         NoIntactCheckpoint: on every rank; there are checkpoints, and none passed verification. Tensors may hold a
@@ -351,18 +356,22 @@ def restore(
     """
     if verify not in ("touched", "full"):
         raise ValueError(f"verify is {verify!r}; 'touched' checks what is read, 'full' every byte")
-    outcome, weights = Outcome(), 0
+    outcome, digests = Outcome(), [0, 0]
+    # Kept, as an error of this rank alone would leave the others waiting for it.
     with outcome.catch():
         parts.check(state)
         if initial is not None:
             initial_weights.check(state, checkpoint)
-        weights = initial_weights.digest(initial)
+        run = within(ray_train.find_run(run), timeout_s)
+        source, name = restoring.find(run, checkpoint)
+        digests = [initial_weights.digest(initial), initial_weights.digest(checkpoint)]
     ranks = Ranks.of_world(timeout_s)
-    everyone = _compare_parts(ranks, "compare parts", state, outcome, weights)
-    _refuse_different_parts(state, [names for _, names in everyone])
-    initial_weights.refuse_different(initial, [weights for weights, _ in everyone])
-    run = ray_train.find_run(run)
-    source, names = restoring.candidates(run, checkpoint, ranks)
+    everyone = _compare_parts(ranks, "compare parts", state, outcome, digests)
+    _refuse_different_parts(state, [names for _, _, names in everyone])
+    initial_weights.refuse_different("initial", initial, [weights for weights, _, _ in everyone])
+    initial_weights.refuse_different("checkpoint", checkpoint, [place for _, place, _ in everyone])
+    assert not isinstance(run, str | os.PathLike | None)
+    names = iter([name]) if name is not None else restoring.candidates(source, ranks)
     rejected: dict[str, str] = {}
     try:
         report = _restore_newest(state, source, names, ranks, limits, verify, initial, rejected)
@@ -412,23 +421,23 @@ def _restore_newest(
 
 
 def _compare_parts(
-    ranks: Ranks, phase: str, state: Mapping[str, Any], outcome: Outcome, step: int
-) -> list[tuple[int, int]]:
-    """Every rank's step (or whichever integer has to be the same), and the digest of the names of its parts.
+    ranks: Ranks, phase: str, state: Mapping[str, Any], outcome: Outcome, numbers: Sequence[int]
+) -> list[list[int]]:
+    """Every rank's step (or whichever numbers have to be the same), and the digest of the names of its parts.
 
     Raises:
         UnsupportedState: on every rank, if one of them has no state to speak of. There, whatever is in `outcome`.
     """
     refused = outcome.error is not None
     # An integer of 64 bits: a step that has none is among what was refused.
-    mine = [1, 0, 0] if refused else [0, step, parts.names_digest(state)]
+    mine = [1, *([0] * len(numbers)), 0] if refused else [0, *numbers, parts.names_digest(state)]
     everyone = ranks.all_gather_ints(phase, mine)
     if outcome.error is not None:
         raise outcome.error
-    others = [rank for rank, (bad, _, _) in enumerate(everyone) if bad]
+    others = [rank for rank, (bad, *_) in enumerate(everyone) if bad]
     if others:
         raise UnsupportedState("the state", f"what ranks {others} gave", "their own errors say why")
-    return [(at, names) for _, at, names in everyone]
+    return [row[1:] for row in everyone]
 
 
 def _refuse_different_parts(state: Mapping[str, Any], digests: Sequence[int]) -> None:

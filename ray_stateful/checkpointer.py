@@ -7,6 +7,7 @@ of them asked for.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -27,12 +28,15 @@ from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.runs import Run
 from ray_stateful.storage.plan_cache import PlanCache
 from ray_stateful.storage.ranges import ReadLimits
-from ray_stateful.storage.writer import DEFAULT_NUM_FILES
+from ray_stateful.storage.writer import DEFAULT_NUM_FILES, check_num_files
 
 logger = logging.getLogger(__name__)
 
 # Where Ray's answer is a barrier, and takes some tens of milliseconds. A worker that is told looks at every step.
 _ASK_PREEMPTION_EVERY_N_STEPS = 10
+
+# Of the savers of this process.
+_numbers = itertools.count()
 
 # A save is taken to need this much longer than the last one did, before it is left out for lack of time.
 _PREEMPTION_MARGIN = 1.5
@@ -55,9 +59,15 @@ class Checkpointer:
             this, were never committed, and are not known to Ray; see `ray_stateful.orphans`. `None` leaves them.
         soft_fail: Consecutive failed saves that training goes on through. The next one is raised.
         run: Where to save: a directory or URI. By default the Ray Train run this worker belongs to.
+        num_files: Files each rank writes at a time.
+        limits: How much each rank reads at a time.
         timeout_s: How long this rank waits for the others in any one step of a save or restore.
 
     `step_count` is the number of optimizer steps completed in the history of the run.
+
+    Raises:
+        ValueError: a setting makes no sense; or there is no run to save to.
+        RankTimeout: a rank did not come to make the group of the collectives.
     """
 
     def __init__(
@@ -84,6 +94,7 @@ class Checkpointer:
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        check_num_files(num_files)
         self.state = state
         self.step_count = 0
         self._every_n_steps, self._every_s, self._at_end = every_n_steps, every_s, at_end
@@ -92,7 +103,9 @@ class Checkpointer:
         self._run = ray_train.find_run(run)
         self._num_files, self._limits, self._timeout_s = num_files, limits, timeout_s
         self._ranks = Ranks.of_world(timeout_s)
-        self._background = BackgroundSaver(Ranks.of_world(timeout_s, "background"), timeout_s) if background else None
+        # A group of its own for each: the threads of two savers would meet in one in any order.
+        own = f"background {next(_numbers)}"
+        self._background = BackgroundSaver(Ranks.of_world(timeout_s, own), timeout_s) if background else None
         self._plans = PlanCache()
         self._postponed = False
         self._requested = threading.Event()
@@ -102,6 +115,7 @@ class Checkpointer:
         self._num_failed = 0
         self._preemption: ray_train.Preemption | None = None
         self._preemption_done: ray_train.Preemption | None = None
+        self._foretold = False
         self._metrics: Mapping[str, Any] | None = None
 
     def __enter__(self) -> Self:
@@ -116,7 +130,7 @@ class Checkpointer:
         self._agree(Reason.END)
         self.wait()
         # A run that trained nothing has nothing to save.
-        if self._at_end and self.step_count > (self._saved_step or 0):
+        if self._at_end and self.step_count not in (0, self._saved_step):
             # Not softly: there is no later save that could make up for it.
             self.save(self._metrics)
 
@@ -126,8 +140,10 @@ class Checkpointer:
         """Load the newest intact checkpoint of this run, if there is one, and go on counting from its step.
 
         If there is none, the models begin from the weights at `initial`, at step 0. Collective. Takes what
-        `ray_stateful.restore` takes, and raises what it raises.
+        `ray_stateful.restore` takes, and raises what it raises. A background save in flight is waited for first, as
+        by `wait`.
         """
+        self.wait()
         report = _restore(
             self.state,
             checkpoint=checkpoint,
@@ -155,6 +171,7 @@ class Checkpointer:
             UnevenSteps: ranks have come to a different number of steps; on every rank.
             SaveFailed: on every rank, at the save after `soft_fail` failed ones.
             ReportFailed, RankTimeout: as `ray_stateful.save`; not forgiven by `soft_fail`.
+            RankFailed: as `wait`.
         """
         self.step_count += 1
         self._metrics = metrics
@@ -170,6 +187,10 @@ class Checkpointer:
             return report
         if self._background is None or decision.urgent:
             report = self._softly(lambda: self.save(metrics))
+            if report is not None and decision.reasons & Reason.PREEMPTION:
+                # A rank that has not heard of it yet need not ask for it again when it does.
+                self._foretold = self._preemption in (None, self._preemption_done)
+                self._preemption_done = self._preemption
         elif self._background.busy:
             self._postponed = True
         else:
@@ -182,6 +203,7 @@ class Checkpointer:
     def save(self, metrics: Mapping[str, Any] | None = None) -> SaveReport:
         """Save now. Collective. Raises what `ray_stateful.save` raises."""
         self.wait()
+        self._postponed = False
         saving = self._saving(metrics)
         saving.agree_on_step(self._ranks)
         saving.collect()
@@ -193,7 +215,9 @@ class Checkpointer:
 
         Raises:
             SaveFailed: on every rank, if `soft_fail` does not forgive it.
-            RankTimeout: it has not ended in time.
+            ReportFailed: on every rank; the checkpoint is committed.
+            RankTimeout: it has not ended in time, on the ranks where it has not.
+            RankFailed: on the ranks that had done their part of it, if another one ran into its deadline.
         """
         if self._background is not None and self._background.busy:
             self._background.wait()
@@ -247,7 +271,7 @@ class Checkpointer:
 
     def _saved(self, report: SaveReport) -> SaveReport:
         self._saved_step, self._saved_at_s, self._save_s = report.step, time.monotonic(), report.seconds
-        self._num_failed, self._preemption_done = 0, self._preemption
+        self._num_failed = 0
         if self._orphans_after_s is not None:
             # After a save and not before: there is a newest checkpoint, and storage answers.
             after_s, self._orphans_after_s = self._orphans_after_s, None
@@ -274,6 +298,8 @@ class Checkpointer:
     def _is_preempted(self) -> bool:
         """Whether a node is to be taken away, and there is time to save; true until that was done."""
         found = ray_train.preemption(may_wait=self.step_count % _ASK_PREEMPTION_EVERY_N_STEPS == 0)
+        if self._foretold and found not in (None, self._preemption_done):
+            self._foretold, self._preemption_done = False, found
         if found is None or found == self._preemption_done:
             return False
         self._preemption = found

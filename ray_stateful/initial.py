@@ -46,12 +46,15 @@ def check(state: parts.State, checkpoint: Any) -> None:
 
 
 def digest(source: Any) -> int:
-    """63 bits of which weights they are, to be compared between ranks; 0 for none."""
+    """63 bits of which checkpoint or weights these are, to be compared between ranks; 0 for none."""
     return 0 if source is None else int(checksum(_place(source).encode()), 16) >> 1 | 1
 
 
-def refuse_different(source: Any, digests: Sequence[int]) -> None:
-    """Refuse weights that not all ranks begin from: they would wait for each other in different collectives.
+def refuse_different(argument: str, source: Any, digests: Sequence[int]) -> None:
+    """Refuse what not all ranks begin from: they would wait for each other in different collectives.
+
+    Args:
+        argument: What the caller calls it.
 
     Raises:
         ValueError: on every rank.
@@ -60,7 +63,7 @@ def refuse_different(source: Any, digests: Sequence[int]) -> None:
     if others:
         mine = None if source is None else _place(source)
         raise ValueError(
-            f"initial (here {mine!r}) is not the same on ranks {others} as on rank 0; give all ranks the same"
+            f"{argument} (here {mine!r}) is not the same on ranks {others} as on rank 0; give all ranks the same"
         )
 
 
@@ -73,8 +76,8 @@ def load(state: parts.State, source: Any, ranks: Ranks, limits: ReadLimits | Non
 
     Raises:
         StateMismatch: on every rank, before anything is loaded; lists all that does not fit.
-        NoInitialWeights: on every rank; nothing of the kind is there, or it is damaged.
-        RankFailed: on every rank; some rank could not read for another reason than damage.
+        NoInitialWeights: on every rank; nothing of the kind is there, it can't be opened, or it is damaged.
+        RankFailed: on every rank; some rank could not read the tensors, for another reason than damage.
     """
     began = time.monotonic()
     place, models = _place(source), _models(state)
@@ -122,6 +125,7 @@ def _open(source: Any, place: str, ranks: Ranks) -> tuple[Run, OpenCheckpoint]:
     outcome = Outcome()
     with outcome.catch():
         storage, path = located(source)
+        storage = storage.within(ranks.timeout_s)
         raw = weights.fetch(storage, path) if ranks.rank == 0 else None
     failures = ranks.failures("open the initial weights", outcome)
     if failures:

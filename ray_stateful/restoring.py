@@ -42,21 +42,25 @@ class Rejected(CheckpointError):
         return self.why
 
 
-def candidates(run: Run, checkpoint: Any, ranks: Ranks) -> tuple[Run, Iterator[str]]:
-    """Which checkpoints to try, newest first, and of which run: `checkpoint`, if one is named.
-
-    Each step of the iterator is collective: rank 0 asks, and all ranks get its answer.
+def find(run: Run, checkpoint: Any) -> tuple[Run, str | None]:
+    """The run and the name of `checkpoint`; `run` and `None` where none is named. Of this rank alone.
 
     Raises:
-        RankFailed: on every rank, as rank 0 could not ask.
+        OSError, ValueError: its storage can't be reached, or is of an unknown kind.
     """
-    if checkpoint is not None:
-        named, name = _named(run, checkpoint)
-        return named, iter([name])
-    return run, _found(run, ranks)
+    if checkpoint is None or layout.parse_name(str(checkpoint)) is not None:
+        return run, None if checkpoint is None else str(checkpoint)
+    storage, path = located(checkpoint)
+    directory, name = posixpath.split(path.rstrip("/"))
+    return DirectoryRun(storage, directory, directory), name
 
 
-def _found(run: Run, ranks: Ranks) -> Iterator[str]:
+def candidates(run: Run, ranks: Ranks) -> Iterator[str]:
+    """Which checkpoints to try, newest first. Each step is collective: rank 0 asks, and all ranks get its answer.
+
+    Raises:
+        RankFailed: at any step, on every rank, as rank 0 could not ask.
+    """
     found: Iterator[str] | None = None
     while True:
         answer: Any = None
@@ -161,14 +165,6 @@ def restore_opened(
         created_s=opened.manifest.created_s if opened.manifest else 0.0,
         notes=tuple(f"{part}: in the checkpoint, not in the state; left alone" for part in ignored),
     )
-
-
-def _named(run: Run, checkpoint: Any) -> tuple[Run, str]:
-    if layout.parse_name(str(checkpoint)) is not None:
-        return run, str(checkpoint)
-    storage, path = located(checkpoint)
-    directory, name = posixpath.split(path.rstrip("/"))
-    return DirectoryRun(storage, directory, directory), name
 
 
 def _open(run: Run, name: str, ranks: Ranks) -> OpenCheckpoint:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import posixpath
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Protocol
 
 from ray_stateful.format import layout
 from ray_stateful.storage.base import Storage
+from ray_stateful.storage.retries import RetryingStorage
 
 logger = logging.getLogger(__name__)
 
@@ -77,3 +78,11 @@ class DirectoryRun:
 
     def tracked(self) -> None:
         return None
+
+
+def within(run: Run, timeout_s: float) -> Run:
+    """The same run, on a storage that gives up before peers who wait for `timeout_s` do."""
+    if not isinstance(run.storage, RetryingStorage) or not is_dataclass(run):
+        return run
+    limited: Run = replace(run, storage=run.storage.within(timeout_s))
+    return limited

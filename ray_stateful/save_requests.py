@@ -63,17 +63,17 @@ def hold(number: int, saved: str | None) -> None:
         number: The largest that any rank had.
         saved: The name of the checkpoint that was saved and reported, `None` if that failed.
     """
-    began = time.monotonic()
+    began, mailbox = time.monotonic(), _mailbox
     with _changed:
-        _mailbox.held = Held(number, saved)
-        _mailbox.served = max(_mailbox.served, number)
+        mailbox.held = Held(number, saved)
+        mailbox.served = max(mailbox.served, number)
         _changed.notify_all()
         logger.info("saved %s before a resize; waiting to be taken down", saved)
         # The limit may change while this waits: the request itself may arrive only now.
-        while (left := began + _mailbox.hold_s - time.monotonic()) > 0:
+        while (left := began + mailbox.hold_s - time.monotonic()) > 0:
             _changed.wait(left)
-        _mailbox.held = None
-    logger.warning("the resize (%s) did not come in %.0f s; training goes on", _mailbox.why, _mailbox.hold_s)
+        mailbox.held = None
+    logger.warning("the resize (%s) did not come in %.0f s; training goes on", mailbox.why, mailbox.hold_s)
 
 
 def ask(number: int, why: str, hold_s: float) -> bool:

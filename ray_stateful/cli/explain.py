@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, UnknownFormat
+from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, StorageError, UnknownFormat
 from ray_stateful.storage.uris import without_credentials
 
 # What the clients of the stores say when they have no credentials, wrong ones, or no permission.
@@ -17,6 +17,7 @@ _UNREACHABLE = re.compile(
     r"NETWORK_CONNECTION|could ?n.t connect|resolve host|curlCode|still failing after|timed out", re.IGNORECASE
 )
 _NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|bucket does not exist|404", re.IGNORECASE)
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _NO_SCHEME = re.compile(r"Unrecognized filesystem type", re.IGNORECASE)
 
 
@@ -24,8 +25,15 @@ def explain(error: BaseException) -> str:
     """What went wrong, and what to do about it."""
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
     text = without_credentials(text)
-    advice = _advice(error, text)
+    advice = _advice(error, _said(error, text))
     return f"{text}: {advice}" if advice else text
+
+
+def _said(error: BaseException, text: str) -> str:
+    """What an error says apart from the path it is about: one may have "404" in it, or "safetensors"."""
+    if isinstance(error, DamagedCheckpoint):
+        return error.found
+    return _QUOTED.sub("", error.cause if isinstance(error, StorageError) else text)
 
 
 def _advice(error: BaseException, text: str) -> str | None:
@@ -44,7 +52,7 @@ def _advice(error: BaseException, text: str) -> str | None:
         return "`ray-stateful verify` lists all that is wrong"
     if isinstance(error, FileExistsError):
         return None
-    if isinstance(error, OSError) or type(error).__name__ == "StorageError":
+    if isinstance(error, OSError | StorageError):
         if _DENIED.search(text):
             return "check the credentials (environment, profile, or role) and their permission for this path"
         if _NO_BUCKET.search(text):

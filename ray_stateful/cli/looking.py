@@ -177,9 +177,11 @@ def plan_(checkpoint: str, workers: int, json_: bool) -> None:
         right=(0, 1, 2, 3),
     )
     requests = sum(cost.num_requests for cost in costs)
+    # Of stock items, heads that lie close together are read together: how many that is, only reading tells.
+    most = "" if opened.manifest else "at most "
     say(
-        f"{size(read)} in {requests:,} requests, {read / max(1, wanted):.2f}x of what is needed; besides, rank 0 reads "
-        "manifest and index for all"
+        f"{most}{size(read)} in {requests:,} requests, {read / max(1, wanted):.2f}x of what is needed; besides, rank 0"
+        " reads manifest and index for all"
     )
 
 

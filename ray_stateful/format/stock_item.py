@@ -57,7 +57,7 @@ def data_position(head: bytes, dtype: str, sizes: Sequence[int]) -> int | None:
         offset = _offset(_described(head[begin:]), dtype, tuple(sizes))
         order = _find(head, root + "byteorder")
         data = _find(head, root + "data/0")
-    except (ValueError, IndexError, KeyError, TypeError, struct.error):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error):
         return None
     if offset is None or data is None or (order is not None and head[order : order + 6] != b"little"):
         return None

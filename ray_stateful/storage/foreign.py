@@ -80,7 +80,8 @@ def locate(
     groups: list[list[tuple[tuple[str, int, int], StoredChunk]]] = []
     for head in heads:
         (file, offset, _), last = head[0], groups[-1][-1][0] if groups else None
-        if last is not None and last[0] == file and offset - last[1] - last[2] <= limits.max_gap_bytes:
+        near = last is not None and last[0] == file and offset - last[1] - last[2] <= limits.max_gap_bytes
+        if near and offset + head[0][2] - groups[-1][0][0][1] <= limits.max_fetch_bytes:
             groups[-1].append(head)
         else:
             groups.append([head])

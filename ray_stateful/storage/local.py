@@ -191,7 +191,9 @@ def make_directory(path: str) -> None:
 def _send_on(descriptor: int, start: int, stop: int) -> None:
     """Have the kernel begin to write a range to the disk, without waiting for it."""
     # What Linux does with a range that is not needed any more, and is not on the disk yet. It is advice: a filesystem
-    # that does not take it loses nothing but time.
+    # that does not take it loses nothing but time, and so does a system that has no such call.
+    if not hasattr(os, "posix_fadvise"):
+        return
     with suppress(OSError):
         os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
 

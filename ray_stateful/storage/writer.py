@@ -67,8 +67,7 @@ class CheckpointWriter(StorageWriter):
         num_files: int = DEFAULT_NUM_FILES,
         description: Description | None = None,
     ) -> None:
-        if not 1 <= num_files < _MAX_FILES:
-            raise ValueError(f"num_files is {num_files}; it must be at least 1, and below {_MAX_FILES:,}")
+        check_num_files(num_files)
         super().__init__()
         self._num_files = num_files
         self._description = description
@@ -243,6 +242,16 @@ class _ItemFile:
         self._pending_bytes += view.nbytes
         if self._pending_bytes >= _TOGETHER_BYTES:
             self.hand_over()
+
+
+def check_num_files(num_files: int) -> None:
+    """Refuse a number of files that a rank can't write.
+
+    Raises:
+        ValueError: it is not from 1 to 9,999.
+    """
+    if not 1 <= num_files < _MAX_FILES:
+        raise ValueError(f"num_files is {num_files}; it must be at least 1, and below {_MAX_FILES:,}")
 
 
 def distribute(items: list[WriteItem], num_files: int, max_file_bytes: int | None) -> list[list[WriteItem]]:

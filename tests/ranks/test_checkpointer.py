@@ -14,6 +14,7 @@ from ray_stateful.decisions import Decision, Reason, decide
 from ray_stateful.errors import SaveFailed, UnevenSteps
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage import opening
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import Fail, FaultyStorage, Hang, run_ranks
 
@@ -311,3 +312,92 @@ def test_rank_0_deletes_what_was_never_committed_and_nothing_else(tmp_path):
     assert left[:2] == ["checkpoint_by_hand", "checkpoint_s0000000002_bbbbbb"]
     assert left[2].startswith("checkpoint_s0000000003")
     assert left[3] == "notes"
+
+
+def two_savers(run):
+    """Two savers at once: one can't write on rank 0, the other not on rank 1, until both are under way."""
+    storage, path = resolve(run)
+    slow = [FaultyStorage(storage.inner, [Hang("open_sink", rank=rank)]) for rank in (0, 1)]
+    counters = [Counter(), Counter()]
+    savers = [
+        Checkpointer(
+            {"counter": counter},
+            every_n_steps=1,
+            background=True,
+            run=DirectoryRun(faulty, f"{path}/{number}", f"{run}/{number}"),
+            timeout_s=30,
+        )
+        for number, (counter, faulty) in enumerate(zip(counters, slow, strict=True))
+    ]
+    for saver in savers if dist.get_rank() == 0 else reversed(savers):
+        saver._background.begin(saver._saving(None))
+    for faulty in slow:
+        faulty.release()
+    for saver in savers:
+        saver.wait()
+    return [saver._saved_step for saver in savers]
+
+
+def test_two_savers_of_one_process_never_meet_in_one_group(tmp_path):
+    assert run_ranks(2, two_savers, str(tmp_path)) == [[0, 0]] * 2
+    assert [steps_saved(tmp_path / name) for name in ("0", "1")] == [[0], [0]]
+
+
+def restore_while_one_is_in_flight(run):
+    storage, path = resolve(run)
+    slow = FaultyStorage(storage.inner, [Hang("sink.write", nth=3, rank=1)])
+    with Checkpointer(
+        {"counter": Counter()}, background=True, run=DirectoryRun(slow, path, run), timeout_s=30
+    ) as saver:
+        saver.step()
+        saver.save()
+        for _ in range(6):
+            saver.step()
+        saver.request_save()
+        saver.step()
+        slow.release()
+        first = next(path.name for path in Path(run).glob("checkpoint_s0000000001_*"))
+        saver.restore(checkpoint=first)
+        saver.step()
+    return saver.step_count
+
+
+def test_what_was_trained_after_going_back_is_saved_at_the_end_too(tmp_path):
+    assert run_ranks(2, restore_while_one_is_in_flight, str(tmp_path)) == [2, 2]
+    assert steps_saved(tmp_path) == [1, 2, 8]
+
+
+def save_twice(run, kind):
+    """Two saves of one `Checkpointer`, and of the second state one that is planned anew; the names of the last two."""
+    rank = dist.get_rank()
+
+    def value(number):
+        common = {"rate": number / 7, "schedule": {"last": number, "marks": {1: number}}, "t": torch.full((5,), number)}
+        if kind == "a whole state on rank 0":
+            return common if rank == 0 else {}
+        if kind == "stages":
+            return {f"stage{rank}": common, "seen": [rank, number]} if rank else {"stage0": common}
+        return {**common, "own" if rank else "other": {"n": number}}
+
+    part = Counter()
+    names = []
+    saver = Checkpointer({"part": part}, run=run, timeout_s=30)
+    for number, anew in ((3, False), (4, False), (4, True)):
+        part.state_dict = lambda number=number: value(number)
+        if anew:
+            saver = Checkpointer({"part": part}, run=run, timeout_s=30)
+        saver.step_count = len(names) + 1
+        names.append(saver.save().name)
+    return names[1:]
+
+
+@pytest.mark.parametrize("kind", ["a whole state on rank 0", "stages", "trees of some ranks"])
+def test_a_commit_of_several_ranks_that_builds_on_the_last_is_what_one_planned_anew_is(tmp_path, kind):
+    again, anew = run_ranks(2, save_twice, str(tmp_path), kind)[0]
+
+    first, second = (
+        opening.parse(opening.fetch(resolve(str(tmp_path))[0], str(tmp_path / name))) for name in (again, anew)
+    )
+    assert first.chunks == second.chunks
+    assert first.trees == second.trees
+    assert first.trees

@@ -18,7 +18,7 @@ from attacks.corpus import Workshop
 from ray_stateful import checkpoint, restore_cost
 from ray_stateful.cli.explain import explain
 from ray_stateful.cli.main import main
-from ray_stateful.errors import StorageError
+from ray_stateful.errors import HostileCheckpoint, StorageError
 from ray_stateful.format import layout
 from ray_stateful.storage import opening
 from ray_stateful.storage.uris import resolve
@@ -431,6 +431,16 @@ def test_denied_and_unreachable_stores_are_told_apart():
     assert "credentials" in explain(denied)
     assert "network" in explain(away)
     assert "name of the bucket" in explain(nowhere)
+
+
+def test_no_advice_is_read_out_of_a_path():
+    full = StorageError(
+        "read", "/runs/model-00404-of-00500", "OSError: [Errno 28] No space left: '/runs/model-00404-of'"
+    )
+    hostile = HostileCheckpoint("/data/safetensors/checkpoint", "runs code")
+
+    assert explain(full) == str(full)
+    assert "do not use this checkpoint" in explain(hostile)
 
 
 def test_the_commands_work_on_an_object_store(tmp_path, s3_server, s3_environment):

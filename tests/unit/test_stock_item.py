@@ -58,10 +58,12 @@ def test_no_head_makes_it_do_more_than_say_no():
     item = saved(torch.arange(10.0))
     for cut in range(len(item)):
         position = data_position(item[:cut], "float32", (10,))
-        assert position is None or item[position : position + 40] == item[-(len(item) - position) :][:40]
+        assert position is None or item[position : position + 40] == torch.arange(10.0).numpy().tobytes()
     assert data_position(pickle.dumps(print), "float32", (10,)) is None
     assert data_position(b"", "float32", ()) is None
     for at in range(0, 700, 3):
         changed = bytearray(item[:HEAD_BYTES])
         changed[at] ^= 0xFF
-        data_position(bytes(changed), "float32", (10,))
+        position = data_position(bytes(changed), "float32", (10,))
+        # What is changed may be a name or a number that says the same; or nothing is found. It never raises.
+        assert position is None or 0 <= position <= 2 * len(item)

@@ -265,7 +265,6 @@ def run(num_mutations: int, seed: int, num_checkpoints: int = 8) -> Counter[str]
     """
     chance = random.Random(seed)
     counts: Counter[str] = Counter()
-    logging.getLogger("ray_stateful").setLevel(logging.ERROR)
     expected = {step: snapshot(state_of(step)) for step in (OLDER_STEP, DAMAGED_STEP)}
     with tempfile.TemporaryDirectory(prefix="damage-") as scratch:
         for number in range(num_checkpoints):
@@ -304,6 +303,8 @@ def main() -> None:
     parser.add_argument("--mutations", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
+    # Here, where the process ends with it: each mutation that is found says so.
+    logging.getLogger("ray_stateful").setLevel(logging.ERROR)
     began = time.monotonic()
     counts = run(given.mutations, given.seed)
     totals: Counter[str] = Counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 import ray
 import ray.train
 from ray import cloudpickle
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 _ENVIRONMENT = {
@@ -52,6 +55,22 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture
+def drain(cluster: Cluster) -> Callable[[str, float], None]:
+    """`drain(node_id, seconds)`: announce that a node will be taken away by then, as a cloud does it."""
+
+    def announce(node_id: str, seconds: float) -> None:
+        accepted, why = GcsClient(address=cluster.address).drain_node(
+            node_id,
+            autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
+            "the test takes it away",
+            int((time.time() + seconds) * 1000),
+        )
+        assert accepted, why
+
+    return announce
 
 
 @pytest.fixture

@@ -92,10 +92,9 @@ class RandomState(RankPart):
         self._seed = saved[0]["seed"]
         for name, stream in self._streams(saved[0]).items():
             stream.reseed(derived_seed("random", self._seed, world.step, world.rank, name))
-        return (
-            f"{len(saved)} streams saved, {world.world_size} workers: "
-            f"derived from (seed {self._seed}, step {world.step}, rank)"
-        )
+        streams = f"{len(saved)} stream{'' if len(saved) == 1 else 's'}"
+        workers = f"{world.world_size} worker{'' if world.world_size == 1 else 's'}"
+        return f"{streams} saved, {workers}: derived from (seed {self._seed}, step {world.step}, rank)"
 
     def _streams(self, saved: Mapping[str, Any] | None = None) -> dict[str, _Stream]:
         streams: dict[str, _Stream] = {

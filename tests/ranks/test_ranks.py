@@ -77,7 +77,7 @@ def hang_in(rank):
 
 def test_a_hung_rank_becomes_a_stack_trace():
     with pytest.raises(RanksHung, match="hang_in"):
-        run_ranks(2, hang_in, 1, timeout_s=6)
+        run_ranks(2, hang_in, 1, timeout_s=15)
 
 
 def all_collectives():

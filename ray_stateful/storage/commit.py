@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ray_stateful.errors import DamagedCheckpoint
 from ray_stateful.format import index, layout
 from ray_stateful.format.checksums import checksum
 from ray_stateful.format.chunks import coverage_problems
@@ -182,6 +183,7 @@ def commit(
 
     Raises:
         ValueError: an item that was planned is not among the results, or the written chunks leave a gap.
+        DamagedCheckpoint: a file that some rank wrote is not there, or of another size.
     """
     rows, files = collect(results)
     prove(metadata, rows)
@@ -203,6 +205,7 @@ def commit_again(
 
     Raises:
         ValueError: two ranks have different trees at one path.
+        DamagedCheckpoint: a file that some rank wrote is not there, or of another size.
     """
     files = {written.name: written.file for of_rank in everyone for written in of_rank.files}
     contents = {layout.DCP_METADATA: committed.metadata, layout.INDEX: committed.again(everyone)}
@@ -236,12 +239,27 @@ def _manifest(files: Mapping[str, StoredFile], contents: Mapping[str, bytes], de
 
 def _write(storage: Storage, path: str, contents: Mapping[str, bytes], manifest: Manifest) -> None:
     # Side by side: to an object store each is a round trip or two.
-    with ThreadPoolExecutor(max_workers=len(contents), thread_name_prefix="checkpoint-commit") as pool:
+    with ThreadPoolExecutor(max_workers=1 + len(contents), thread_name_prefix="checkpoint-commit") as pool:
+        listing = pool.submit(storage.sizes, path)
         jobs = [pool.submit(storage.write, posixpath.join(path, name), data) for name, data in contents.items()]
     for job in jobs:
         job.result()
+    items = {name: file for name, file in manifest.files.items() if name not in contents}
+    _check_there(path, items, listing.result())
     # Only now: a reader takes the manifest's presence as proof that every file it names is whole.
     storage.write(posixpath.join(path, layout.MANIFEST), manifest.to_json())
+
+
+def _check_there(path: str, items: Mapping[str, StoredFile], sizes: Mapping[str, int]) -> None:
+    """Each rank saw its own files written; on a disk of its own, they are where no other node will look for them."""
+    for name, file in items.items():
+        if sizes.get(name) != file.size:
+            found = (
+                f"has {sizes[name]:,} bytes where rank 0 looks; {file.size:,} were written"
+                if name in sizes
+                else "was written, and is not there for rank 0: save to a storage that all nodes share"
+            )
+            raise DamagedCheckpoint(posixpath.join(path, name), found)
 
 
 def _rows(results: Sequence[WriteResult]) -> list[StoredChunk]:

@@ -330,3 +330,21 @@ def test_a_name_that_is_no_text_on_one_rank_fails_the_save_on_every_rank(tmp_pat
 
     assert [SaveFailed] * 2 == [type(outcome) for outcome in outcomes]
     assert all("rank 1: UnsupportedState" in str(outcome) for outcome in outcomes)
+
+
+def save_on_a_disk_of_its_own(root):
+    own = f"{root}/{dist.get_rank()}"
+    try:
+        checkpoint.save({"part": Shards(1)}, step=1, run=own, timeout_s=20)
+    except SaveFailed as error:
+        return error.phase, str(error), sorted(path.name for path in Path(own).rglob("*") if path.is_file())
+
+
+def test_files_that_each_rank_wrote_to_a_disk_of_its_own_are_no_checkpoint(tmp_path):
+    (phase, text, files), other = run_ranks(2, save_on_a_disk_of_its_own, str(tmp_path))
+
+    assert phase == other[0] == "commit"
+    assert "was written, and is not there for rank 0: save to a storage that all nodes share" in text
+    assert "__1_0.distcp" in text
+    assert "manifest.json" not in files + other[2]
+    assert "__1_0.distcp" in other[2]

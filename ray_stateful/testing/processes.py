@@ -132,6 +132,8 @@ def _rank_main(
             world_size=num_ranks,
             timeout=timedelta(seconds=collective_timeout_s),
         )
+        # A rank that is done before the others have met all of their peers would be missing among them.
+        dist.barrier()
         outcome = function(*args)
     except BaseException as error:  # noqa: BLE001 - an outcome like any other: the test looks at it
         if sys.version_info >= (3, 11):

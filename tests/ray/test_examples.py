@@ -1,4 +1,4 @@
-"""The examples that are jobs, on a cluster with a job server; and the one that loses a machine, on its own."""
+"""The examples that are jobs, on a cluster with a job server; and those whose machines come and go, on their own."""
 
 from __future__ import annotations
 
@@ -56,6 +56,21 @@ def _wait(what: str, happened: Callable[[], object], timeout_s: float = 120.0) -
             return
         pause.wait(0.1)
     raise TimeoutError(f"{timeout_s:.0f} s without {what}")
+
+
+def _run_alone(example: str, *arguments: str, cwd: Path) -> str:
+    """What an example prints that starts a cluster of its own: nothing but that, no warnings."""
+    ran = subprocess.run(
+        [sys.executable, str(EXAMPLES / example), *arguments],
+        env=_environment(),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=220,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stderr == ""
+    return ran.stdout
 
 
 @dataclass(frozen=True)
@@ -198,18 +213,20 @@ def test_an_adapter_is_tuned_on_two_workers_and_on_one_and_peft_loads_what_was_s
     assert all(value.any() for value in loaded.values())
 
 
-def test_a_machine_that_is_announced_to_go_costs_no_more_than_what_came_after_the_save_for_it(tmp_path):
-    ran = subprocess.run(
-        [sys.executable, str(EXAMPLES / "preemption.py")],
-        env=_environment(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=220,
-    )
+def test_machines_join_and_are_lost_and_what_is_planned_costs_no_step(tmp_path):
+    picture = tmp_path / "elastic.png"
+    ran = _run_alone("elastic.py", "--short", "--picture", str(picture), cwd=tmp_path)
 
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stderr == ""
-    assert re.search(r"saved checkpoint_s\d+_[0-9a-f]{6} \(step \d+\), [0-9.]+ s before the deadline", ran.stdout)
-    assert "written by 2 workers, now 1" in ran.stdout
-    assert "each once per epoch" in ran.stdout
+    assert re.search(r"2 -> 3 workers, machine joins: had trained step (\d+), went on after step \1: 0 steps lost", ran)
+    assert "3 -> 2 workers, machine lost" in ran
+    assert "0 steps lost to 1 planned change, with ResizeGuard" in ran
+    assert "each once per epoch" in ran
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_machine_that_is_announced_to_go_costs_no_more_than_what_came_after_the_save_for_it(tmp_path):
+    ran = _run_alone("preemption.py", cwd=tmp_path)
+
+    assert re.search(r"saved checkpoint_s\d+_[0-9a-f]{6} \(step \d+\), [0-9.]+ s before the deadline", ran)
+    assert "written by 2 workers, now 1" in ran
+    assert "each once per epoch" in ran

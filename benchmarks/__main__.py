@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import background, drawing, gpu, limits, planning, restoring, saving
+from benchmarks import background, checksums, drawing, gpu, limits, planning, restoring, saving
 from benchmarks.measuring import Ratio, machine
 from benchmarks.peers import Place
 from benchmarks.s3_server import ENVIRONMENT, s3_server
@@ -47,7 +47,7 @@ def main() -> None:
             local, remote = Place(os.path.join(directory, "run")), Place("bucket/run", server)
             runs = {
                 "limits": lambda: limits.run(settings, local, server),
-                "checksums": lambda: saving.run_checksums(settings),
+                "checksums": lambda: checksums.run(settings, local),
                 "planning": lambda: planning.run(settings),
                 "save": lambda: saving.run(settings, local, remote),
                 "restore": lambda: restoring.run(settings, local, remote),

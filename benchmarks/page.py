@@ -57,6 +57,8 @@ WORDS = {
     "planning.warm_growth_with_ranks": "planning, later saves: 1024 ranks / 64 ranks",
     "planning.warm_bytes_a_rank": "planning, later saves: bytes sent a rank",
     "checksums.vs_memory_copy": "checksums (by block and by file) / one memory copy of the same bytes",
+    "checksums.save_price": "save of 1 GB, disk, with checksums / without them",
+    "checksums.restore_price": "restore of 1 GB, disk, with checksums / without them",
 }
 
 

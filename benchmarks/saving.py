@@ -1,11 +1,10 @@
-"""Saving: against a raw stream of the same bytes, stock DCP, and Ray's recipe; and what checksums cost of it."""
+"""Saving: against a raw stream of the same bytes, stock DCP, and Ray's recipe."""
 
 from __future__ import annotations
 
 import gc
 import os
 import posixpath
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,7 +29,6 @@ from benchmarks.peers import (
 )
 from benchmarks.settings import Settings
 from benchmarks.states import Size
-from ray_stateful.format.checksums import RunningChecksum, block_bytes_for, block_checksums
 from ray_stateful.storage.writer import DEFAULT_NUM_FILES
 from ray_stateful.testing import run_ranks
 
@@ -96,43 +94,6 @@ def run(settings: Settings, place: Place, remote: Place) -> tuple[list[Row], lis
     rows += _measure(settings, few, remote, REMOTE, (0, 30), settings.repeats)
     rows += _measure(settings, large, remote, (Ours, RawStream, RayRecipe), (0, 30), 2)
     return rows, _ratios(rows, few, many, large)
-
-
-def run_checksums(settings: Settings) -> tuple[list[Row], list[Ratio]]:
-    """What hashing costs: every byte twice, once by block and once by file."""
-    size = settings.sizes()[0]
-    outcome = run_ranks(1, _hash, size, timeout_s=300)[0]
-    if isinstance(outcome, BaseException):
-        raise outcome
-    rows: list[Row] = outcome
-    for row in rows:
-        print(f"  {row['what']:<44} {row['bytes'] / row['seconds'] / 1e9:8.2f} GB/s", flush=True)
-    speeds = {what: [r["seconds"] for r in rows if r["what"] == what] for what in ("hash", "copy")}
-    return rows, [ratio("checksums.vs_memory_copy", speeds["hash"], speeds["copy"])]
-
-
-def _hash(size: Size) -> list[Row]:
-    model, optimizer = states.build(size)
-    shards = [tensor.to_local() for tensor in states.tensors(model, optimizer)]
-    copies = [shard.clone() for shard in shards]
-    num_bytes = sum(shard.nbytes for shard in shards)
-    rows = []
-    for repeat in range(3):
-        began = time.perf_counter()
-        whole = RunningChecksum()
-        for shard in shards:
-            view = memoryview(shard.view(-1).numpy()).cast("B")
-            for at in range(0, len(view), _PART_BYTES):
-                part = view[at : at + _PART_BYTES]
-                whole.update(part)
-                block_checksums(part, block_bytes_for(len(view)))
-        middle = time.perf_counter()
-        for shard, copy in zip(shards, copies, strict=True):
-            copy.copy_(shard)
-        ended = time.perf_counter()
-        for what, seconds in (("hash", middle - began), ("copy", ended - middle)):
-            rows.append({"part": "checksums", "what": what, "seconds": seconds, "bytes": num_bytes, "repeat": repeat})
-    return rows
 
 
 def _measure(

@@ -42,6 +42,7 @@ from ray_stateful import initial as initial_weights
 from ray_stateful import meters, parts, ray_train, restoring
 from ray_stateful.errors import NoIntactCheckpoint, ReportFailed, SaveFailed, UnevenSteps, UnsupportedState
 from ray_stateful.format.layout import MAX_STEP, CheckpointName
+from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks, current_rank
 from ray_stateful.ray_meters import Sample
 from ray_stateful.report import ResumeReport, SaveReport
@@ -169,6 +170,9 @@ class Saving:
         Ask the parts; with `staging`, copy the shards as well. An error is kept, and raised everywhere by `write`.
         """
         self.clock.begin("collect")
+        with self._outcome.catch():
+            # Now: a running sum in a tensor goes on running.
+            self._metrics = plain_metrics(self._metrics)
         # The rank matters to parts that have a value each, and is the same in every group of all ranks.
         collected = parts.collect(self._state, current_rank(), self._outcome)
         with self._outcome.catch():
@@ -202,12 +206,14 @@ class Saving:
                     structure_digest(planner.describe(), ranks.world_size),
                     *values_digests(planner.shared_values()),
                 ]
+        description = self._describe(ranks)
         plan, metadata = self._plan(ranks, path, _agree(ranks, path, "plan", outcome, mine))
+        planner.let_go()
 
         # 5.
         self.clock.begin("write")
         storage = run.storage.within(ranks.timeout_s) if isinstance(run.storage, RetryingStorage) else run.storage
-        writer = CheckpointWriter(path, storage, num_files=self._num_files, description=self._describe(ranks))
+        writer = CheckpointWriter(path, storage, num_files=self._num_files, description=description)
         writer.set_up_storage_writer(ranks.rank == 0, rank=ranks.rank)
         written: list[WriteResult] = []
         with outcome.catch():

@@ -114,7 +114,7 @@ def _mapped(file: Any, weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]
     for key, weight in weights.items():
         dtype = getattr(torch, weight.dtype)
         if weight.num_bytes == 0:
-            found[key] = torch.empty(weight.shape, dtype=dtype)
+            found[key] = torch.empty(weight.shape, dtype=dtype, device="cpu")
             continue
         raw = torch.frombuffer(memory, dtype=torch.uint8, count=weight.num_bytes, offset=offsets[key])
         found[key] = raw.view(dtype).reshape(weight.shape)

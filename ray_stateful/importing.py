@@ -193,7 +193,7 @@ def _entry(storage: Storage, path: str, chunks: Sequence[StoredChunk]) -> Entry:
         chunk = pieces[box]
         if chunk.dtype is None:
             return value_of(storage, path, chunk)
-        tensor = torch.empty(box.sizes, dtype=getattr(torch, chunk.dtype))
+        tensor = torch.empty(box.sizes, dtype=getattr(torch, chunk.dtype), device="cpu")
         read_requests(storage, path, {"": [Request(chunk, box.relative_to(chunk.box), tensor)]}, None)
         return tensor
 

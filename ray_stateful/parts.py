@@ -137,4 +137,4 @@ def _place(chunk: StoredChunk, template: torch.Tensor | None) -> torch.Tensor:
     if template is not None and template.dtype == dtype and tuple(template.shape) == chunk.shape:
         # A copy: the part may hand out its own tensors, and gets the loaded ones by load_state_dict alone.
         return template.detach().clone()
-    return torch.empty(chunk.shape, dtype=dtype)
+    return torch.empty(chunk.shape, dtype=dtype, device="cpu")

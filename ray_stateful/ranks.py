@@ -129,7 +129,8 @@ class Ranks:
         """Everyone's `values`, equally many 64-bit integers a rank: one small collective, no pickling."""
         if self.group is None:
             return [list(values)]
-        mine = torch.tensor(values, dtype=torch.int64)
+        # Said wherever host memory is meant: torch.set_default_device() may have made another device the default.
+        mine = torch.tensor(values, dtype=torch.int64, device="cpu")
         into = [torch.empty_like(mine) for _ in range(self.world_size)]
         self.within_deadline(phase, lambda: dist.all_gather(into, mine, group=self.group))
         return [row.tolist() for row in into]

@@ -74,7 +74,7 @@ def _batches(opened: OpenCheckpoint, boxes: Iterable[tuple[str, Box]]) -> Iterat
             yield batch
             batch, size = [], 0
         # Not filled, and so not backed by memory, before it is read into.
-        batch.append(Slab(key, box, torch.empty(box.sizes, dtype=dtype)))
+        batch.append(Slab(key, box, torch.empty(box.sizes, dtype=dtype, device="cpu")))
         size += num_bytes
     if batch:
         yield batch

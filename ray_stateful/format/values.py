@@ -229,7 +229,9 @@ def _decode_tensor(given: Any, depth: int) -> torch.Tensor:
     name, shape, data = _given(given, list)
     raw = base64.b64decode(data, validate=True)
     _check_size(shape, ITEM_BYTES[name], len(raw))
-    flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
     return flat.view(getattr(torch, name)).reshape(shape)
 
 

@@ -121,6 +121,11 @@ class BalancedSavePlanner(DefaultSavePlanner):
         """Copy the tensors; from here on the copies are what is written."""
         self.staged = staging.fill(self.state_dict)
 
+    def let_go(self) -> None:
+        """Once all is planned, forget what was copied: FSDP1 hands out clones, which take memory of their device."""
+        if self.staged is not None:
+            self.state_dict = {}
+
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if self.staged is None or write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)

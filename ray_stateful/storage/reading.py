@@ -16,6 +16,7 @@ from ray_stateful.format.checksums import CHECKSUM_BYTES, first_bad_block
 from ray_stateful.format.chunks import Box, span_of, strides_of
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.index import StoredChunk
+from ray_stateful.storage import streams
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.ranges import Fetch, Piece, ReadLimits, fetches_of, pieces_of
 
@@ -60,6 +61,8 @@ def read(
     """
     limits = limits or ReadLimits()
     plans = {name: _planned(requests, limits) for name, requests in groups.items()}
+    filled = [target for _, targets in plans.values() for target in targets]
+    streams.wait_before_other_threads(filled)
     with ThreadPoolExecutor(max_workers=limits.num_threads, thread_name_prefix="checkpoint-read") as pool:
         jobs = [
             pool.submit(_fetch, storage, path, fetch, targets)
@@ -73,6 +76,8 @@ def read(
             # Nothing more is worth reading: the checkpoint is damaged, or storage is out of reach.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+        finally:
+            streams.wait_for_other_threads(filled)
     return {
         name: ReadStatistics(
             bytes_read=sum(fetch.stop - fetch.start for fetch in fetches),
@@ -152,7 +157,7 @@ def _place(piece: Piece, data: memoryview, target: torch.Tensor) -> None:
     if target.device.type == "cpu" and target.dtype == dtype:
         np.copyto(target.view(_AS_TORCH[item_bytes]).numpy(), source)
         return
-    host = torch.empty(sizes, dtype=_AS_TORCH[item_bytes])
+    host = torch.empty(sizes, dtype=_AS_TORCH[item_bytes], device="cpu")
     np.copyto(host.numpy(), source)
     if target.dtype == dtype:
         target.view(_AS_TORCH[item_bytes]).copy_(host)

@@ -123,7 +123,7 @@ class _Broadcast:
     def __call__(self) -> None:
         tensors = [request.into.detach() for request in self.requests]
         sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-        bucket = torch.empty(sum(sizes), dtype=torch.uint8)
+        bucket = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
         parts = torch.split(bucket, sizes)
         if self.rank == self.reader:
             for part, tensor in zip(parts, tensors, strict=True):

@@ -38,6 +38,8 @@ class Staging:
             buffer = self._buffer(key, offsets, tensor)
             staged[key, offsets] = buffer
             if tensor.device.type == "cuda":
+                # What is conjugated or negated by name only would be so on the host, before the bytes are there.
+                tensor = tensor.resolve_conj().resolve_neg()
                 on_device.setdefault(tensor.device, []).append((buffer, tensor))
             else:
                 buffer.copy_(tensor)
@@ -52,7 +54,8 @@ class Staging:
         if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
             return known
         # Pinned, or a copy would make the host wait for the device; and only then, as pinning is slow and scarce.
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        pinned = tensor.device.type == "cuda"
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
 
     def _copy_on_stream(
         self, device: torch.device, copies: list[tuple[torch.Tensor, torch.Tensor]]
@@ -66,7 +69,9 @@ class Staging:
         with torch.cuda.stream(stream):
             for buffer, tensor in copies:
                 buffer.copy_(tensor, non_blocking=True)
-        event: torch.cuda.Event = stream.record_event()
+        # Whoever waits for it gives its core away meanwhile: it is training's.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # untyped in torch
+        stream.record_event(event)
         # ... and the next one must not write before it is copied.
         training.wait_event(event)
         return event
@@ -81,7 +86,9 @@ class StagedTensors:
     def wait(self) -> None:
         """Wait until all copies are there."""
         for event in self._events:
-            event.synchronize()
+            # A thread's device is the first one until it says otherwise, and a context there takes memory of it.
+            with torch.cuda.device(event.device):
+                event.synchronize()
 
     def get(self, key: str, offsets: Offsets) -> torch.Tensor:
         """The copy of a tensor's local shard; `offsets` tell several shards of one tensor apart."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import posixpath
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from ray_stateful.format.index import StoredChunk, tree_row
 from ray_stateful.format.layout import item_file
 from ray_stateful.format.manifest import StoredFile
 from ray_stateful.format.torch_item import envelope
-from ray_stateful.storage import commit
+from ray_stateful.storage import commit, streams
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.commit import Committed, Description, Repeated, WrittenFile
 from ray_stateful.storage.planner import BalancedSavePlanner, dtype_name, item_bytes
@@ -96,6 +97,8 @@ class CheckpointWriter(StorageWriter):
         """
         bins = distribute(plan.items, self._num_files, getattr(self._storage, "max_file_bytes", None))
         results: list[WriteResult] = []
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped in torch
+            streams.wait_before_other_threads(_tensors_of(plan, planner))
         with ThreadPoolExecutor(max_workers=self._num_files, thread_name_prefix="checkpoint-write") as pool:
             jobs = [pool.submit(self._write_file, number, items, planner) for number, items in enumerate(bins)]
         for job in jobs:
@@ -272,6 +275,13 @@ def distribute(items: list[WriteItem], num_files: int, max_file_bytes: int | Non
         bins[lightest].append(items[at])
         loads[lightest] += sizes[at]
     return [sorted(part, key=_place) for part in bins if part]
+
+
+def _tensors_of(plan: SavePlan, planner: SavePlanner) -> Iterator[torch.Tensor]:
+    for item in plan.items:
+        data = planner.resolve_data(item) if item.type != WriteItemType.BYTE_IO else None
+        if isinstance(data, torch.Tensor):
+            yield data
 
 
 def _place(item: WriteItem) -> tuple[bool, str, tuple[int, ...]]:

@@ -10,6 +10,8 @@ from ray_stateful.storage.staging import Staging
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # CUDA's own, of the order in which its libraries are loaded, come out of threads of autograd.
+    pytest.mark.filterwarnings("default"),
 ]
 
 
@@ -93,3 +95,54 @@ def test_staging_copies_to_pinned_buffers_that_are_used_again():
 
     assert second.get("t", None).data_ptr() == copied.data_ptr()
     assert torch.equal(second.get("t", None), tensor.cpu())
+
+
+def test_staging_waits_for_what_training_has_queued_and_training_for_staging():
+    staging = Staging()
+    tensor = torch.zeros(64 << 20, device="cuda")
+    staging.fill({"t": tensor}).wait()  # the buffer is pinned by now: what follows is a queue, and nothing but that
+
+    # Some tenths of a second, in which the host runs ahead of the device.
+    torch.cuda._sleep(200_000_000)
+    tensor.fill_(1)
+    staged = staging.fill({"t": tensor})
+    tensor.fill_(2)
+    staged.wait()
+
+    assert staged.get("t", None).eq(1).all()
+
+
+def test_a_save_and_a_restore_on_a_stream_of_the_users_own_wait_for_it(tmp_path):
+    class Part:
+        def __init__(self):
+            self.t = torch.zeros(16 << 20, device="cuda")
+
+        def state_dict(self):
+            return {"t": self.t}
+
+        def load_state_dict(self, state_dict):
+            self.t = state_dict["t"]
+
+    part, fresh = Part(), Part()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        part.t.fill_(1)
+        checkpoint.save({"part": part}, step=1, run=str(tmp_path))
+        torch.cuda._sleep(200_000_000)
+        fresh.t.fill_(7)
+        checkpoint.restore({"part": fresh}, run=str(tmp_path))
+        restored = fresh.t.clone()
+    torch.cuda.synchronize()
+
+    assert restored.eq(1).all()
+
+
+def test_a_default_device_is_not_where_host_buffers_are_made(tmp_path):
+    objects, fresh = build(1), build(2)
+    train(*objects, 2)
+    with torch.device("cuda"):
+        with Checkpointer(state_of(*objects), every_n_steps=1, background=True, run=str(tmp_path)) as saver:
+            saver.step()
+        checkpoint.restore(state_of(*fresh), run=str(tmp_path))
+
+    assert all(torch.equal(a, b) for a, b in zip(whole(*fresh), whole(*objects), strict=True))

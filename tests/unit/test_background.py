@@ -1,0 +1,97 @@
+"""A background save of one process: what it keeps, and what it takes when."""
+
+import weakref
+
+import pytest
+import torch
+
+from ray_stateful import Checkpointer, checkpoint
+from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage.uris import resolve
+
+
+class Cloning:
+    """Hands out copies of its own, as FSDP1 does."""
+
+    def __init__(self, fill=0.0):
+        self.weight = torch.full((1000,), fill, device="cpu")
+        self.handed_out = None
+
+    def state_dict(self):
+        clone = self.weight.clone()
+        self.handed_out = weakref.ref(clone)
+        return {"weight": clone}
+
+    def load_state_dict(self, state_dict):
+        self.weight = state_dict["weight"]
+
+
+class Empty:
+    """Has no tensors that what was saved could be put into."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state_dict):
+        self.weight = state_dict["weight"]
+
+
+class Watching:
+    """A storage that notes whether what `part` has handed out is still there when files are begun."""
+
+    def __init__(self, inner, part):
+        self.inner, self.part, self.still_there = inner, part, []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def open_sink(self, path):
+        self.still_there.append(self.part.handed_out() is not None)
+        return self.inner.open_sink(path)
+
+
+class Noting(DirectoryRun):
+    noted = ()
+
+    def prepare_report(self, metrics, name):
+        Noting.noted = (*Noting.noted, metrics)
+        return metrics
+
+
+def test_what_was_copied_is_let_go_before_it_is_written(tmp_path):
+    part = Cloning(3.0)
+    storage, path = resolve(str(tmp_path))
+    watching = Watching(storage.inner, part)
+    saver = Checkpointer({"part": part}, every_n_steps=1, background=True, run=DirectoryRun(watching, path, path))
+    with saver:
+        # The second one is not planned anew.
+        for _ in range(2):
+            saver.step()
+            saver.wait()
+
+    assert watching.still_there == [False] * 2
+    fresh = Cloning()
+    checkpoint.restore({"part": fresh}, run=str(tmp_path))
+    assert torch.equal(fresh.weight, part.weight)
+
+
+def test_a_metric_is_what_it_was_at_its_step_although_its_tensor_goes_on(tmp_path):
+    storage, path = resolve(str(tmp_path))
+    running = torch.tensor(3.0)
+    with Checkpointer({"part": Cloning()}, every_n_steps=1, background=True, run=Noting(storage, path, path)) as saver:
+        saver.step({"loss": running})
+        running.zero_()
+
+    assert Noting.noted == ({"loss": 3.0},)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_default_device_of_the_user_is_not_where_buffers_are_made(tmp_path, background):
+    part, fresh = Cloning(3.0), Empty()
+    # Any that is not the host; on this one, nothing can be read back.
+    with torch.device("meta"):
+        with Checkpointer({"part": part}, every_n_steps=1, background=background, run=str(tmp_path)) as saver:
+            saver.step()
+        checkpoint.restore({"part": fresh}, run=str(tmp_path))
+
+    assert torch.equal(fresh.weight, part.weight)

@@ -37,6 +37,9 @@ class RandomState(RankPart):
         seed: What derived streams come from; the same on every rank. A resumed run keeps the checkpoint's. Left out, it
             is what rank 0's torch stream was seeded with.
         devices: CUDA devices that this rank draws on. Left out, it is the current one, if CUDA is in use.
+        data_parallel_rank: Whose streams this rank derives on another number of workers. Left out, it is the global
+            rank, so that all ranks draw differently. Ranks of one tensor-parallel group have to draw alike: DTensor's
+            dropout takes their CUDA streams to be the same (`torch.distributed.tensor._random`).
     """
 
     # Loading other parts may draw from these streams.
@@ -49,10 +52,12 @@ class RandomState(RankPart):
         *,
         seed: int | None = None,
         devices: Sequence[torch.device | int] | None = None,
+        data_parallel_rank: int | None = None,
     ) -> None:
         self._named = {name: _named(name, generator) for name, generator in (generators or {}).items()}
         self._seed = seed
         self._devices = None if devices is None else list(devices)
+        self._data_parallel_rank = data_parallel_rank
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -90,8 +95,9 @@ class RandomState(RankPart):
 
     def resize(self, saved: Mapping[int, Mapping[str, Any]], world: World) -> str:
         self._seed = saved[0]["seed"]
+        rank = world.rank if self._data_parallel_rank is None else self._data_parallel_rank
         for name, stream in self._streams(saved[0]).items():
-            stream.reseed(derived_seed("random", self._seed, world.step, world.rank, name))
+            stream.reseed(derived_seed("random", self._seed, world.step, rank, name))
         streams = f"{len(saved)} stream{'' if len(saved) == 1 else 's'}"
         workers = f"{world.world_size} worker{'' if world.world_size == 1 else 's'}"
         return f"{streams} saved, {workers}: derived from (seed {self._seed}, step {world.step}, rank)"

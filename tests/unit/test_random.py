@@ -143,3 +143,16 @@ def test_cuda_streams_go_on_exactly_and_are_derived_on_another_number_of_workers
 
     assert torch.equal(derived(0), derived(0))
     assert not torch.equal(derived(0), derived(1))
+
+
+def test_ranks_of_one_tensor_parallel_group_derive_the_same_streams():
+    def drawn(rank, data_parallel_rank):
+        state = RandomState(seed=17, data_parallel_rank=data_parallel_rank)
+        saved = {n: RandomState(seed=17).state_dict() for n in range(2)}
+        state.resize(saved, World(saved_world_size=2, world_size=4, rank=rank, step=3))
+        return random.random(), torch.rand(3).tolist()
+
+    assert drawn(0, 0) == drawn(1, 0)
+    assert drawn(2, 1) == drawn(3, 1)
+    assert drawn(1, 0) != drawn(2, 1)
+    assert drawn(1, 1) == drawn(1, None)

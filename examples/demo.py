@@ -42,7 +42,8 @@ TOLERANCE = 1e-3
 class Plan:
     """When what happens, in steps at the earliest, and the size of what is trained.
 
-    `reference_workers` train the uninterrupted run; 0 is one process without Ray, beside the elastic run.
+    `reference_workers` train the uninterrupted run; 0 is one process without Ray, beside the elastic run. `pace_s` is
+    what a step takes at the least, on a machine of any speed: what happens to a run takes Ray seconds.
     """
 
     steps: int
@@ -53,20 +54,39 @@ class Plan:
     dim: int
     num_layers: int
     reference_workers: int
+    pace_s: float
 
     def arguments(self) -> list[str]:
         # One byte more than the samples have: each is followed by the byte that comes next.
         sizes = {"steps": self.steps, "save-every": self.save_every, "text-bytes": self.num_samples * 64 + 1}
-        sizes |= {"seq-len": 64, "dim": self.dim, "num-layers": self.num_layers}
+        sizes |= {"seq-len": 64, "dim": self.dim, "num-layers": self.num_layers, "pace": self.pace_s}
         return [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
 
 
 # The number of samples makes an epoch end in a short batch, among the steps that 3 workers train.
 FULL = Plan(
-    steps=80, save_every=10, kill_at=34, stop_at=64, num_samples=852, dim=256, num_layers=7, reference_workers=2
+    steps=80,
+    save_every=10,
+    kill_at=34,
+    stop_at=64,
+    num_samples=852,
+    dim=256,
+    num_layers=7,
+    reference_workers=2,
+    pace_s=0.2,
 )
 # After the stop there are steps to spare: a trainer looks for signals about once a second.
-SHORT = Plan(steps=48, save_every=5, kill_at=8, stop_at=20, num_samples=276, dim=256, num_layers=2, reference_workers=0)
+SHORT = Plan(
+    steps=48,
+    save_every=5,
+    kill_at=8,
+    stop_at=20,
+    num_samples=276,
+    dim=256,
+    num_layers=2,
+    reference_workers=0,
+    pace_s=0.1,
+)
 
 
 class DemoFailed(Exception):

@@ -154,13 +154,14 @@ PLAN = ElasticPlan(
     dim=256,
     num_layers=2,
     reference_workers=0,
+    pace_s=0.15,
     guard=True,
     kill_at=0,  # these two are for the other demo
     stop_at=0,
 )
 
 # Three groups of workers instead of five, in less than two minutes.
-SHORT = replace(PLAN, steps=150, steps_each=20, changes=(CHANGES[0], CHANGES[-1]), num_samples=402)
+SHORT = replace(PLAN, steps=110, steps_each=15, changes=(CHANGES[0], CHANGES[-1]), num_samples=402)
 
 
 def run_elastic(training: Training, cluster: ElasticCluster, plan: ElasticPlan, screen: Screen) -> None:

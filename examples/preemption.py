@@ -48,6 +48,7 @@ PLAN = PreemptionPlan(
     dim=256,
     num_layers=2,
     reference_workers=0,
+    pace_s=0.15,
     kill_at=0,  # these two are for the other demo
     stop_at=0,
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def train_func(config: dict[str, Any]) -> None:
             journal.began(checkpointer.step_count, str(report) if report else None)
         while checkpointer.step_count < config["steps"]:
             for batch in batches:  # to the end of the epoch; from where the run was resumed, at first
+                began_s = time.monotonic()
                 trained: list[int] = []
                 total = torch.zeros((), dtype=torch.float64, device=device)
                 for micro in batch:
@@ -87,6 +89,7 @@ def train_func(config: dict[str, Any]) -> None:
                     logger.info("step %6d  loss %.4f", step, loss)
                 if step == config["steps"]:
                     break
+                time.sleep(max(0.0, began_s + config["pace"] - time.monotonic()))
 
 
 def num_workers(text: str) -> int | tuple[int, int]:
@@ -118,6 +121,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--resize-after", type=float, default=60.0, metavar="SECONDS", help="look for more machines so often"
     )
     run.add_argument("--no-guard", action="store_true", help="do not save before Ray changes the number of workers")
+    run.add_argument(
+        "--pace", type=float, default=0.0, metavar="SECONDS", help="of a step at the least: for who wants to watch"
+    )
     run.add_argument("--history", type=Path, help="a directory for notes on every step, on each worker's machine")
     run.add_argument("--print-every", type=int, default=10, metavar="STEPS", help="default: %(default)s")
     data = parser.add_argument_group("model and data; to be kept when a run is resumed")

@@ -12,19 +12,14 @@ from types import SimpleNamespace
 import pytest
 import ray
 import ray.train
-import torch
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    ResourceRequestPriority,
     get_or_create_autoscaling_coordinator,
 )
 from ray.train import collective
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from ray_stateful import ray_train, save_requests
-from ray_stateful.checkpointer import Checkpointer
 from ray_stateful.format.layout import MANIFEST, CheckpointName, parse_name
 from ray_stateful.ray_callbacks import ResizeGuard, logger
 
@@ -67,45 +62,6 @@ def _train(config):
     raise TimeoutError("nobody asked to stop")
 
 
-class _Counter:
-    """The state of the smallest training there is: how many steps it took."""
-
-    def __init__(self):
-        self.steps = torch.zeros((), dtype=torch.int64)
-
-    def state_dict(self):
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state):
-        self.steps = state["steps"]
-
-
-def _train_with_checkpointer(config):
-    """The loop that users write: it says nothing of requests, and has no checkpoint but those that are asked for."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    pause, stop = threading.Event(), Path(config["tmp_path"], "stop")
-    counter = _Counter()
-
-    def say(**what):
-        if rank == 0:
-            with Path(config["tmp_path"], "log.jsonl").open("a") as file:
-                file.write(json.dumps({"world_size": world_size, **what}) + "\n")
-
-    with Checkpointer({"counter": counter}, every_n_steps=1_000_000) as checkpointer:
-        checkpointer.restore()
-        assert int(counter.steps) == checkpointer.step_count
-        say(start=checkpointer.step_count)
-        while True:
-            pause.wait(0.02)
-            counter.steps += 1
-            say(trained=int(counter.steps))
-            stopped = torch.tensor(stop.exists())
-            torch.distributed.broadcast(stopped, src=0)
-            checkpointer.step()
-            if stopped:
-                return int(counter.steps)
-
-
 class _Elastic:
     """A run in a thread of its own, and the cluster under it."""
 
@@ -118,9 +74,7 @@ class _Elastic:
 
     def _fit(self, fit, config):
         callbacks = config.pop("callbacks")
-        function = config.pop("function", _train)
-        trainer = TorchTrainer if function is _train_with_checkpointer else DataParallelTrainer
-        self.result = fit(function, config, num_workers=(1, 2), scaling=SLOT, trainer=trainer, callbacks=callbacks)
+        self.result = fit(_train, config, num_workers=(1, 2), scaling=SLOT, callbacks=callbacks)
 
     def add_node(self):
         self.nodes.append(self.cluster.add_node(num_cpus=1, resources={"slot": 1}))
@@ -152,18 +106,6 @@ class _Elastic:
             self.cluster.remove_node(node)
 
 
-def _reserve(resources):
-    """What somebody else than training wants of the cluster."""
-    coordinator = get_or_create_autoscaling_coordinator()
-    ray.get(coordinator.request_resources.remote("other", resources, 120, priority=ResourceRequestPriority.HIGH))
-
-
-@pytest.fixture(autouse=True)
-def _nobody_else(cluster):
-    yield
-    ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote("other"))
-
-
 def _lost(lines):
     """Steps that were trained and are not part of what the later worker groups started from."""
     starts = [(position, line["start"]) for position, line in enumerate(lines) if "start" in line]
@@ -172,26 +114,6 @@ def _lost(lines):
         trained = [line["trained"] for line in lines[:position] if "trained" in line]
         lost.append(trained[-1] - start)
     return lost
-
-
-def test_a_resize_up_and_down_loses_no_step_and_a_first_start_is_left_alone(cluster, fit, tmp_path):
-    # Asked for before training asks, and therefore served before it. Something that only the head node has: a CPU might
-    # be taken from a node with a slot.
-    _reserve([{"node:__internal_head__": 0.001}])
-    guard = ResizeGuard(timeout_s=60)
-    with _Elastic(cluster, fit, tmp_path, callbacks=[guard], function=_train_with_checkpointer) as run:
-        run.wait_for(lambda line: line["world_size"] == 1 and line.get("trained") == 10)
-        run.add_node()
-        lines = run.wait_for(lambda line: line["world_size"] == 2 and "trained" in line)
-        second = next(line["start"] for line in lines if line["world_size"] == 2)
-        assert second >= 10
-        # Now it takes a slot: training shrinks, and no worker has died.
-        _reserve([{"slot": 1}])
-        lines = run.wait_for(lambda line: line["world_size"] == 1 and line.get("trained", 0) > second)
-
-    assert [line["world_size"] for line in lines if "start" in line] == [1, 2, 1]
-    assert _lost(lines) == [0, 0]
-    assert run.result.error is None
 
 
 def test_without_the_guard_the_steps_since_the_last_checkpoint_are_lost(cluster, fit, tmp_path):

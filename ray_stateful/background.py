@@ -86,6 +86,7 @@ class BackgroundSaver:
         failures = ranks.failures("end a background save", self._outcome)
         if not failures:
             return saving.report(ranks)
+        saving.tell_stall(ranks)
         # A write that was given up may still read from its buffer.
         self._staging = Staging()
         if self._outcome.error is not None:

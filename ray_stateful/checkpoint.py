@@ -275,6 +275,10 @@ class Saving:
         self._tell(ranks, meters.of_save(report, ranks.rank))
         return report
 
+    def tell_stall(self, ranks: Ranks) -> None:
+        """Count what training waited for a save in the background that has failed meanwhile."""
+        self._tell(ranks, meters.of_stall(self.clock, ranks.rank))
+
     def _tell(self, ranks: Ranks, samples: list[Sample]) -> None:
         meters.tell(self._run, self._run.storage, ranks.rank, samples)
 
@@ -423,7 +427,7 @@ def _restore_newest(
         raise NoIntactCheckpoint(run.uri, rejected)
     if initial is None:
         return None
-    return initial_weights.load(state, initial, ranks, limits, verify)
+    return initial_weights.load(state, initial, run, ranks, limits, verify)
 
 
 def _compare_parts(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ray_stateful import parts, restoring
+from ray_stateful import meters, parts, restoring
 from ray_stateful.errors import DamagedCheckpoint, NoInitialWeights, StateMismatch
 from ray_stateful.format.checksums import checksum
 from ray_stateful.ranks import Outcome, Ranks
@@ -67,11 +67,14 @@ def refuse_different(argument: str, source: Any, digests: Sequence[int]) -> None
         )
 
 
-def load(state: parts.State, source: Any, ranks: Ranks, limits: ReadLimits | None, verify: str) -> ResumeReport:
+def load(
+    state: parts.State, source: Any, run: Run, ranks: Ranks, limits: ReadLimits | None, verify: str
+) -> ResumeReport:
     """Give the models of `state` their initial weights. Collective.
 
     Args:
         source: Where they are, as for `ray_stateful.restore`.
+        run: That begins from them.
         verify: As for `ray_stateful.restore`; what has no checksums is taken unverified, and the report says so.
 
     Raises:
@@ -81,7 +84,7 @@ def load(state: parts.State, source: Any, ranks: Ranks, limits: ReadLimits | Non
     """
     began = time.monotonic()
     place, models = _place(source), _models(state)
-    run, opened = _open(source, place, ranks)
+    theirs, opened = _open(source, place, ranks)
     if not weights.has_parts(opened):
         if len(models) > 1:
             problem = f"weights of one model, and the state has {len(models)} ({', '.join(sorted(models))}): "
@@ -91,9 +94,12 @@ def load(state: parts.State, source: Any, ranks: Ranks, limits: ReadLimits | Non
     if opened.manifest is None:
         verify = "touched"
     try:
-        report = restoring.restore_opened(views, run, opened, ranks, limits, verify, {}, set(), initial=True)
+        report = restoring.restore_opened(views, theirs, opened, ranks, limits, verify, {}, set(), initial=True)
     except Rejected as error:
         raise NoInitialWeights(place, str(error)) from error
+    finally:
+        # What had to be read again: the storage of the run, which is told of with the rest, is another one.
+        meters.tell(run, theirs.storage, ranks.rank, [])
     fresh = [PartReport(name=name, outcome="fresh", details=("as built",)) for name in state if name not in models]
     return replace(
         report,

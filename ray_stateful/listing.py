@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ray_stateful.errors import DamagedCheckpoint
+from ray_stateful.errors import DamagedCheckpoint, StorageError
 from ray_stateful.format import layout
 from ray_stateful.format.manifest import Manifest
 from ray_stateful.storage import opening
@@ -21,7 +21,7 @@ class Entry:
     """One directory of a run. `created_s` is UNIX time in seconds; `num_bytes` what lies there.
 
     `known_to_ray` is `None` where Ray keeps no list. `problem` is set where the manifest can't be read, or names files
-    that are not there.
+    that are not there, and where the directory can't be looked at.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Entry:
     @property
     def is_orphan(self) -> bool:
         """Neither committed nor known to Ray: what a save left that did not get to its end, or is not there yet."""
-        return not self.committed and not self.known_to_ray
+        return not self.committed and not self.known_to_ray and self.problem is None
 
 
 def entries(storage: Storage, path: str, tracked: Set[str] | None) -> list[Entry]:
@@ -54,17 +54,22 @@ def _entry(storage: Storage, path: str, name: str, tracked: Set[str] | None) -> 
     parsed = layout.parse_name(name)
     assert parsed is not None
     directory = posixpath.join(path, name)
-    sizes = storage.sizes(directory)
+    sizes: Mapping[str, int] = {}
     manifest, problem = None, None
-    committed = layout.MANIFEST in sizes
-    if committed:
-        try:
+    committed = False
+    try:
+        sizes = storage.sizes(directory)
+        committed = layout.MANIFEST in sizes
+        if committed:
             manifest = Manifest.from_json(opening.read_manifest(storage, directory), layout.MANIFEST)
-        except DamagedCheckpoint as error:
-            problem = error.found
-        except FileNotFoundError:
-            # Ray deletes the oldest ones while we look.
-            committed = False
+    except DamagedCheckpoint as error:
+        problem = error.found
+    except FileNotFoundError:
+        # Ray deletes the oldest ones while we look.
+        committed = False
+    except StorageError as error:
+        # Of this one: the others are worth a line each all the same.
+        problem = f"can't be looked at: {error.cause}"
     if manifest is not None:
         wrong = [file for file, stored in manifest.files.items() if sizes.get(file) != stored.size]
         problem = f"{len(wrong)} file(s) missing or of another size, {wrong[0]} among them" if wrong else None

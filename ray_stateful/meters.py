@@ -175,7 +175,12 @@ def of_failed_save(phase: str, clock: Stopwatch, rank: int) -> list[Sample]:
     """What a save that failed in `phase` adds, on this rank."""
     if rank != 0:
         return []
-    return [Sample(FAILED_SAVES, 1, {"phase": phase}), Sample(SAVE_STALL_SECONDS, clock.stalled_s)]
+    return [Sample(FAILED_SAVES, 1, {"phase": phase}), *of_stall(clock, rank)]
+
+
+def of_stall(clock: Stopwatch, rank: int) -> list[Sample]:
+    """What training stood still for a failed save since this was last asked: it may wait for one that has failed."""
+    return [] if rank != 0 else [Sample(SAVE_STALL_SECONDS, clock.take_stalled_s())]
 
 
 def of_restore(report: ResumeReport, rank: int) -> list[Sample]:

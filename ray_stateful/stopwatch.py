@@ -19,7 +19,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.stalled_s = 0.0
+        self.stalled_s = self._taken_s = 0.0
         self._trains = threading.get_ident()
         # By thread: a background save is written by one while training waits for it in another.
         self._open: dict[int, tuple[str, float]] = {}
@@ -44,3 +44,8 @@ class Stopwatch:
         if thread == self._trains:
             self.stalled_s += took_s
         return phase
+
+    def take_stalled_s(self) -> float:
+        """What `stalled_s` has grown by since this was last called."""
+        new_s, self._taken_s = self.stalled_s - self._taken_s, self.stalled_s
+        return new_s

@@ -15,14 +15,15 @@ import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 
 from attacks.corpus import Workshop
-from ray_stateful import checkpoint, restore_cost
+from ray_stateful import checkpoint, listing, restore_cost
 from ray_stateful.cli.explain import explain
 from ray_stateful.cli.main import main
 from ray_stateful.errors import HostileCheckpoint, StorageError
 from ray_stateful.format import layout
 from ray_stateful.storage import opening
+from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.uris import resolve
-from ray_stateful.testing import run_ranks
+from ray_stateful.testing import Fail, FaultyStorage, run_ranks
 
 pytestmark = pytest.mark.filterwarnings(
     # Stock DCP says so whenever it saves or loads without a process group.
@@ -127,6 +128,19 @@ except SystemExit as end:
     assert not end.code, end.code
 print(calls, [name for name in ("torch", "ray") if name in sys.modules], file=sys.stderr)
 """
+
+
+def test_a_directory_that_can_not_be_looked_at_is_a_line_among_the_others(tmp_path):
+    names = [save(tmp_path, step).rpartition("/")[2] for step in (1, 2)]
+    denied = FaultyStorage(
+        resolve(str(tmp_path))[0].inner, [Fail("sizes", path=names[0], error=PermissionError(13, "denied"))]
+    )
+
+    first, second = listing.entries(RetryingStorage(denied), str(tmp_path), None)
+
+    assert first.problem == "can't be looked at: PermissionError: [Errno 13] denied"
+    assert not first.is_orphan
+    assert (second.committed, second.problem) == (True, None)
 
 
 @pytest.mark.parametrize(

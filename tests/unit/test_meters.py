@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ray_stateful import Checkpointer, checkpoint, meters, ray_meters
+from ray_stateful import Checkpointer, ModelState, checkpoint, initial, meters, ray_meters
 from ray_stateful.errors import NoIntactCheckpoint, SaveFailed
 from ray_stateful.ray_meters import RUN, Meter, Sample
 from ray_stateful.report import ResumeReport, SaveReport
@@ -215,6 +215,31 @@ def test_a_save_that_fails_is_counted_once_in_the_phase_in_which_it_failed_with_
     # Those of the first save are not told again.
     assert not any(key[0] == "storage_retries" for key in second)
     assert second["last_commit_step",] == 2
+
+
+def test_what_training_waits_for_a_background_save_that_has_failed_is_counted_too(tmp_path, told):
+    run = faulty_run(tmp_path / "run", Fail("write", path="manifest", error=PermissionError(13, "denied")))
+    saver = Checkpointer({"part": Part()}, every_n_steps=1, background=True, run=run)
+    saver.step()
+    with pytest.raises(SaveFailed):
+        saver.wait()
+
+    (_, failed), (_, waited) = told
+    assert failed["failed_saves", "commit"] == 1
+    assert waited.keys() == {("save_stall_seconds",)}
+    assert waited["save_stall_seconds",] > 0
+
+
+def test_what_of_initial_weights_had_to_be_read_again_is_counted_for_the_run(tmp_path, told, monkeypatch):
+    checkpoint.save({"model": ModelState(torch.nn.Linear(2, 2))}, step=1, run=str(tmp_path / "other"))
+    source = faulty_run(tmp_path / "other", Fail("read", path="distcp", error=ConnectionResetError("reset")))
+    name = next(source.candidates())
+    monkeypatch.setattr(initial, "located", lambda given: (source.storage, f"{source.path}/{name}"))
+    told.clear()
+
+    checkpoint.restore({"model": ModelState(torch.nn.Linear(2, 2))}, initial="elsewhere", run=str(tmp_path / "run"))
+
+    assert ("run", {("storage_retries", "0", "read"): 1}) in told
 
 
 def test_a_restore_that_finds_nothing_intact_is_a_failed_one_with_all_it_rejected(tmp_path, told):

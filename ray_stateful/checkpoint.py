@@ -206,8 +206,9 @@ class Saving:
                     structure_digest(planner.describe(), ranks.world_size),
                     *values_digests(planner.shared_values()),
                 ]
+        everyones = _agree(ranks, path, "plan", outcome, mine)
         description = self._describe(ranks)
-        plan, metadata = self._plan(ranks, path, _agree(ranks, path, "plan", outcome, mine))
+        plan, metadata = self._plan(ranks, path, everyones)
         planner.let_go()
 
         # 5.

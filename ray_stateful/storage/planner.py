@@ -30,7 +30,7 @@ from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.index import KeyPath
 from ray_stateful.format.layout import is_rank_key
 from ray_stateful.storage.staging import StagedTensors, Staging
-from ray_stateful.storage.structure import describe_structure, is_tensor
+from ray_stateful.storage.structure import flatten, is_tensor, two_of
 
 _LONE_HALF = re.compile("[\ud800-\udfff]")
 
@@ -60,21 +60,22 @@ class BalancedSavePlanner(DefaultSavePlanner):
         Raises:
             UnsupportedState: an entry can't be stored; names its key.
         """
-        super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        paths, leaves, trees = flatten(state_dict)
+        # DCP has an entry for each leaf of a tree as well; all else is flattened by now, as it would do it.
+        super().set_up_planner(trees, storage_meta, is_coordinator)
+        for key in self.state_dict.keys() & leaves.keys():
+            raise two_of(key)
+        self.state_dict = {**leaves, **self.state_dict}
+        # DCP turns every dict key into a string; the paths in the index tell 1 from "1".
+        below = {key: (*paths[str(steps[0])], *steps[1:]) for key, steps in self.mappings.items()}
+        self.mappings = {**{key: paths[key] for key in leaves}, **below}
         for key, value in self.state_dict.items():
             _refuse_unsupported(key, value)
         # Encoded here and not when they are written: by then, training may have changed them.
         self.encoded = {
             key: values.encode(value, key) for key, value in self.state_dict.items() if not is_tensor(value)
         }
-        typed_paths, trees = describe_structure(state_dict)
-        # DCP turns every dict key into a string; the paths in the index tell 1 from "1".
-        self.mappings = {key: typed_paths.get(key, tuple(path)) for key, path in self.mappings.items()}
-        self.trees = {
-            path: values.encode(tree, key)
-            for path, tree in trees.items()
-            if (key := ".".join(map(str, path))) not in self.state_dict
-        }
+        self.trees = {paths[key]: values.encode(tree, key) for key, tree in trees.items() if key not in self.state_dict}
 
     def describe(self) -> Iterator[str]:
         """What this rank's part of the plan depends on, in words, for each entry."""

@@ -21,19 +21,33 @@ class PerRank(dict[str, Any]):
     """One rank's own entry of a part: never stored as one value under its name, which other ranks use too."""
 
 
-def describe_structure(state_dict: Mapping[str, Any]) -> tuple[dict[str, KeyPath], dict[KeyPath, Any]]:
-    """The typed path of every leaf, by its flat key; and the largest containers without a tensor, by path.
+def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, KeyPath], dict[str, Any], dict[str, Any]]:
+    """Flatten a state dict as DCP does, but for the largest containers without a tensor, which stay whole.
+
+    Returns:
+        By flat key: the typed path of every entry, with ints among the dict keys as `IntKey`; the leaves; and those
+        containers, the trees.
 
     Raises:
-        UnsupportedState: a dict above a tensor has a key that is neither a string nor an int.
+        UnsupportedState: a dict above a tensor has a key that is neither a string nor an int; or two entries have the
+            same flat key.
     """
+    # In one pass and with next to nothing for each entry: training stands still for it.
     paths: dict[str, KeyPath] = {}
-    trees: dict[KeyPath, Any] = {}
-    for path, value in _walk(state_dict, ()):
-        paths[".".join(map(str, path))] = path
-        if _children(value) is not None:
-            trees[path] = value
-    return paths, trees
+    leaves: dict[str, Any] = {}
+    trees: dict[str, Any] = {}
+    for number, (path, value) in enumerate(_walk(state_dict, ()), start=1):
+        key = ".".join(map(str, path))
+        (leaves if _children(value) is None else trees)[key] = value
+        paths[key] = path
+        if len(paths) != number:
+            raise two_of(key)
+    return paths, leaves, trees
+
+
+def two_of(key: str) -> UnsupportedState:
+    """The error of two entries that are one by their flat keys."""
+    return UnsupportedState(key, "one of two entries of this name", "name them so that dots do not make them one")
 
 
 def put(nested: Any, path: KeyPath, value: Any) -> Any:

@@ -204,6 +204,11 @@ def test_equal_values_are_stored_once(tmp_path):
         ({"t": torch.zeros(2).to_sparse()}, "sparse"),
         ({"t": torch.zeros(1), "deep": [object()]}, "object"),
         ({("a", 1): torch.zeros(1)}, r"\('a', 1\)"),
+        # Two of each kind that are one to DCP: leaves, containers without a tensor, and one of each.
+        ({"a": {"b": torch.zeros(1)}, "a.b": torch.zeros(1)}, "two entries"),
+        ({"a": {"b": {}, "t": torch.zeros(1)}, "a.b": {}}, "two entries"),
+        ({"a": {"b": 1}, "a.b": 2, "t": torch.zeros(1)}, "two entries"),
+        ({1: torch.zeros(1), "1": torch.zeros(1)}, "two entries"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_by_name_and_nothing_is_written(tmp_path, value, named):

@@ -46,7 +46,7 @@ from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks, current_rank
 from ray_stateful.ray_meters import Sample
 from ray_stateful.report import ResumeReport, SaveReport
-from ray_stateful.restoring import Rejected
+from ray_stateful.restoring import Candidate, Rejected
 from ray_stateful.runs import Run, within
 from ray_stateful.stopwatch import Stopwatch
 from ray_stateful.storage.commit import Description, places_digest, repeated
@@ -382,10 +382,10 @@ def restore(
     initial_weights.refuse_different("initial", initial, [weights for weights, _, _ in everyone])
     initial_weights.refuse_different("checkpoint", checkpoint, [place for _, place, _ in everyone])
     assert not isinstance(run, str | os.PathLike | None)
-    names = iter([name]) if name is not None else restoring.candidates(source, ranks)
+    candidates = restoring.candidates(source, name, ranks)
     rejected: dict[str, str] = {}
     try:
-        report = _restore_newest(state, source, names, ranks, limits, verify, initial, rejected)
+        report = _restore_newest(state, source, candidates, ranks, limits, verify, initial, rejected)
     except Exception:
         meters.tell(run, source.storage, ranks.rank, meters.of_failed_restore(rejected, ranks.rank))
         raise
@@ -403,27 +403,27 @@ def restore(
 def _restore_newest(
     state: Mapping[str, Any],
     run: Run,
-    names: Iterable[str],
+    candidates: Iterable[Candidate],
     ranks: Ranks,
     limits: ReadLimits | None,
     verify: str,
     initial: Any,
     rejected: dict[str, str],
 ) -> ResumeReport | None:
-    """Restore the first of `names` that is intact; those before it are added to `rejected`, with the reason.
+    """Restore the first of `candidates` that is intact; those before it are added to `rejected`, with the reason.
 
     If there are none, the models begin from `initial`; `None` without that.
     """
     touched: set[str] = set()
-    for name in names:
+    for candidate in candidates:
         try:
-            return restoring.restore_one(state, run, name, ranks, limits, verify, rejected, touched)
+            return restoring.restore_one(state, run, candidate, ranks, limits, verify, rejected, touched)
         except Rejected as error:
-            rejected[name] = str(error)
+            rejected[candidate.name] = str(error)
             if ranks.rank == 0:
-                fields = {"event": "rejected", "checkpoint": name, "why": str(error)}
+                fields = {"event": "rejected", "checkpoint": candidate.name, "why": str(error)}
                 words = "checkpoint %s can't be used, taking the next older one: %s"
-                logger.warning(words, name, error, extra={"ray_stateful": fields})
+                logger.warning(words, candidate.name, error, extra={"ray_stateful": fields})
     if rejected:
         raise NoIntactCheckpoint(run.uri, rejected)
     if initial is None:

@@ -152,12 +152,17 @@ class Ranks:
         failures = {rank: failure for rank, failure in enumerate(everyone) if failure is not None}
         return failures, [row[1:] for row in rows]
 
-    def raise_if_any_failed(self, phase: str, outcome: Outcome) -> None:
-        """Raise `RankFailed` on every rank if `outcome` holds an error on any of them."""
-        failures = self.failures(phase, outcome)
+    def raise_if_any_failed(self, phase: str, outcome: Outcome, facts: Sequence[int] = ()) -> list[list[int]]:
+        """Everyone's `facts`, as of `share`.
+
+        Raises:
+            RankFailed: on every rank, if `outcome` holds an error on any of them.
+        """
+        failures, everyone = self.share(phase, outcome, facts)
         if failures:
             causes = {rank: failure.text for rank, failure in failures.items()}
             raise RankFailed(phase, causes) from outcome.error
+        return everyone
 
     def within_deadline(self, phase: str, collective: Callable[[], T]) -> T:
         """Make a collective call of this group, or of one made with its deadline.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import posixpath
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -55,34 +55,55 @@ def find(run: Run, checkpoint: Any) -> tuple[Run, str | None]:
     return DirectoryRun(storage, directory, directory), name
 
 
-def candidates(run: Run, ranks: Ranks) -> Iterator[str]:
-    """Which checkpoints to try, newest first. Each step is collective: rank 0 asks, and all ranks get its answer.
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A checkpoint to try: the bytes that describe it, or why rank 0 could not read them."""
+
+    name: str
+    described: opening.RawCheckpoint | Failure
+
+
+def candidates(run: Run, only: str | None, ranks: Ranks) -> Iterator[Candidate]:
+    """Which checkpoints to try, newest first: those of `run`, or the one that is named `only`.
+
+    Each step is collective: rank 0 asks storage, and all ranks get its answer, the same bytes.
 
     Raises:
-        RankFailed: at any step, on every rank, as rank 0 could not ask.
+        RankFailed: at any step, on every rank, as rank 0 could not ask which there are.
     """
-    found: Iterator[str] | None = None
+    names: Iterator[str] | None = None if only is None else iter([only])
     while True:
         answer: Any = None
         outcome = Outcome()
         with outcome.catch():
             if ranks.rank == 0:
-                found = iter(run.candidates()) if found is None else found
-                answer = next(found, None)
+                names = iter(run.candidates()) if names is None else names
+                name = next(names, None)
+                if name is not None:
+                    answer = Candidate(name, _describe(run, name))
         if outcome.error is not None:
             answer = Failure.of(outcome.error)
-        answer = ranks.broadcast("look for checkpoints", answer)
-        if isinstance(answer, Failure):
-            raise RankFailed("look for checkpoints", {0: answer.text}) from outcome.error
-        if answer is None:
+        received = ranks.broadcast("look for checkpoints", answer)
+        if isinstance(received, Failure):
+            raise RankFailed("look for checkpoints", {0: received.text}) from outcome.error
+        if received is None:
             return
-        yield answer
+        assert isinstance(received, Candidate)
+        yield received
+
+
+def _describe(run: Run, name: str) -> opening.RawCheckpoint | Failure:
+    outcome = Outcome()
+    with outcome.catch():
+        return opening.fetch(run.storage, posixpath.join(run.path, name))
+    assert outcome.error is not None
+    return Failure.of(outcome.error)
 
 
 def restore_one(
     state: parts.State,
     run: Run,
-    name: str,
+    candidate: Candidate,
     ranks: Ranks,
     limits: ReadLimits | None,
     verify: str,
@@ -100,9 +121,9 @@ def restore_one(
         StateMismatch, ResizeRefused: on every rank, before anything of this checkpoint is loaded.
     """
     began = time.monotonic()
-    opened = _open(run, name, ranks)
+    opened = _open(candidate)
     report = restore_opened(state, run, opened, ranks, limits, verify, rejected, touched)
-    return replace(report, checkpoint=name, seconds=time.monotonic() - began)
+    return replace(report, checkpoint=candidate.name, seconds=time.monotonic() - began)
 
 
 def restore_opened(
@@ -126,14 +147,8 @@ def restore_opened(
         rank=ranks.rank,
         step=opened.manifest.step if opened.manifest else 0,
     )
-    filled = _match(state, run, opened, world, ranks, initial)
-
-    loaded = {key for part in filled.values() for key in part.tensors}
-    # Values of the checkpoint that was given up on would stay where this one has none.
-    left_over = sorted({key for keys in ranks.all_gather("compare entries", touched - loaded) for key in keys})
-    if left_over:
-        raise Rejected(f"has no entry {left_over[0]!r}, which was loaded from a newer, damaged checkpoint")
-    touched |= loaded
+    filled = _match(state, run, opened, world, ranks, initial, touched)
+    touched |= _keys(filled)
 
     foreseen = foresee(filled, world, opened, initial)
     if ranks.rank == 0:
@@ -147,10 +162,9 @@ def restore_opened(
         with outcome.catch():
             if part in filled:
                 how[part] = _load(state[part], filled[part].value, world)
-    ranks.raise_if_any_failed("load the state", outcome)
-
-    everyone = ranks.all_gather("add up what was read", statistics)
-    total = {part: sum((rank[part] for rank in everyone), ReadStatistics()) for part in filled}
+    mine = [number for part in sorted(filled) for number in astuple(statistics[part])]
+    sums = [sum(numbers) for numbers in zip(*ranks.raise_if_any_failed("load the state", outcome, mine), strict=True)]
+    total = {part: ReadStatistics(*sums[3 * n : 3 * n + 3]) for n, part in enumerate(sorted(filled))}
     ignored = sorted(parts.saved_parts(opened) - filled.keys())
     return ResumeReport(
         checkpoint=opened.name,
@@ -167,27 +181,25 @@ def restore_opened(
     )
 
 
-def _open(run: Run, name: str, ranks: Ranks) -> OpenCheckpoint:
-    """Read once on rank 0, decoded on every rank from the same bytes."""
-    found: Any = None
-    if ranks.rank == 0:
-        outcome = Outcome()
-        with outcome.catch():
-            found = opening.fetch(run.storage, posixpath.join(run.path, name))
-        if outcome.error is not None:
-            found = Failure.of(outcome.error)
-    found = ranks.broadcast("share the index", found)
-    if isinstance(found, Failure):
-        _agree("open", {0: found})
-    assert isinstance(found, opening.RawCheckpoint)
+def _open(candidate: Candidate) -> OpenCheckpoint:
+    """Decoded on every rank, from the same bytes."""
+    if isinstance(candidate.described, Failure):
+        _agree("open", {0: candidate.described})
+    assert isinstance(candidate.described, opening.RawCheckpoint)
     try:
-        return opening.parse(found)
+        return opening.parse(candidate.described)
     except DamagedCheckpoint as error:
         raise Rejected(str(error)) from error
 
 
 def _match(
-    state: parts.State, run: Run, opened: OpenCheckpoint, world: World, ranks: Ranks, initial: bool
+    state: parts.State,
+    run: Run,
+    opened: OpenCheckpoint,
+    world: World,
+    ranks: Ranks,
+    initial: bool,
+    touched: Set[str],
 ) -> dict[str, Filled]:
     outcome = Outcome()
     template = parts.collect(state, ranks.rank, outcome)
@@ -195,9 +207,8 @@ def _match(
     with outcome.catch():
         _refuse_without_memory(template)
         planner.set_up_planner(template)
-    ranks.raise_if_any_failed("collect the state", outcome)
+    everyones_keys = _union_of_keys(planner.mappings, outcome, ranks)
     flat = planner.state_dict
-    everyones_keys = _union_of_keys(planner.mappings, ranks)
     saved = parts.saved_parts(opened)
     problems = [
         f"{name}: the checkpoint has no such part; it has {', '.join(sorted(saved))}" for name in set(state) - saved
@@ -224,8 +235,12 @@ def _match(
                 refusals.append(error)
             if name in filled and not isinstance(filled[name].value, EveryRank):
                 problems += [f"{name}: {problem}" for problem in _check_saved(part, filled[name].value)]
-    _agree_on_problems(opened, problems, refusals, outcome, ranks)
+    _agree_on_problems(opened, problems, refusals, touched - _keys(filled), outcome, ranks)
     return filled
+
+
+def _keys(filled: Mapping[str, Filled]) -> set[str]:
+    return {key for part in filled.values() for key in part.tensors}
 
 
 def _refuse_without_memory(template: Mapping[str, Any]) -> None:
@@ -240,26 +255,44 @@ def _refuse_without_memory(template: Mapping[str, Any]) -> None:
 
 
 def _agree_on_problems(
-    opened: OpenCheckpoint, problems: list[str], refusals: list[ResizeRefused], outcome: Outcome, ranks: Ranks
+    opened: OpenCheckpoint,
+    problems: list[str],
+    refusals: list[ResizeRefused],
+    left_over: Set[str],
+    outcome: Outcome,
+    ranks: Ranks,
 ) -> None:
-    """Every rank's problems are raised on every rank, all in one error, before anything is touched."""
-    mine = None if outcome.error is None else Failure.of(outcome.error)
-    everyone = ranks.all_gather("match the state", (mine, problems, refusals))
-    _agree("match", {rank: failure for rank, (failure, _, _) in enumerate(everyone) if failure is not None})
-    every_problem = sorted({problem for _, found, _ in everyone for problem in found})
-    refused = {error.part: error for _, _, found in everyone for error in found}
+    """Every rank's problems are raised on every rank, all in one error, before anything is touched.
+
+    Args:
+        left_over: Keys that were loaded from a checkpoint that was given up on, and of which this one has nothing.
+    """
+    # As a rule there are none, and one small collective is all it takes to know.
+    failures, counts = ranks.share("match the state", outcome, [len(problems) + len(refusals) + len(left_over)])
+    _agree("match", failures)
+    if not any(number for (number,) in counts):
+        return
+    everyone = ranks.all_gather("gather what does not fit", (problems, refusals, left_over))
+    every_problem = sorted({problem for found, _, _ in everyone for problem in found})
+    refused = {error.part: error for _, found, _ in everyone for error in found}
     if every_problem or len(refused) > 1:
         raise StateMismatch(opened.path, (*every_problem, *map(str, refused.values())))
     for error in refused.values():
         raise error
+    first = min(key for _, _, keys in everyone for key in keys)
+    raise Rejected(f"has no entry {first!r}, which was loaded from a newer, damaged checkpoint")
 
 
-def _union_of_keys(mappings: Mapping[str, tuple[str | int, ...]], ranks: Ranks) -> dict[str, str]:
-    """Every key that some rank's state has, to the name of its part."""
+def _union_of_keys(mappings: Mapping[str, tuple[str | int, ...]], outcome: Outcome, ranks: Ranks) -> dict[str, str]:
+    """Every key that some rank's state has, to the name of its part.
+
+    Raises:
+        RankFailed: on every rank, if `outcome` holds an error on any of them.
+    """
     mine = {key: str(path[0]) for key, path in mappings.items()}
-    # With data parallelism all ranks have the same keys, and one small collective is all it takes to know.
+    # With data parallelism all ranks have the same keys.
     digest = int(checksum("\n".join(sorted(mine)).encode()), 16) >> 1
-    digests = ranks.all_gather_ints("compare keys", [digest])
+    digests = ranks.raise_if_any_failed("collect the state", outcome, [digest])
     if all(other == digests[0] for other in digests):
         return mine
     return {key: part for of_rank in ranks.all_gather("gather keys", mine) for key, part in of_rank.items()}
@@ -282,8 +315,9 @@ def _read(
                 # A rank part's are nobody else's, or wanted whole by everybody who can use it: not worth telling apart.
                 if not isinstance(contents.part, RankPart):
                     (whole if is_whole(tensor) else shards).extend(wanted)
-    _agree("plan to read", ranks.failures("plan to read", outcome))
-    shared = sharing.share(whole, shards, ranks)
+    failures, digests = ranks.share("plan to read", outcome, sharing.digests(whole, shards))
+    _agree("plan to read", failures)
+    shared = sharing.share(whole, shards, digests, ranks.rank)
     mine = shared.read_by(ranks.rank)
     statistics: dict[str, ReadStatistics] = {}
     with outcome.catch():

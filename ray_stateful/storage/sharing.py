@@ -28,6 +28,9 @@ from ray_stateful.storage.reading import Request
 # What is sent at once, and the memory that sending takes.
 _BUCKET_BYTES = 32 << 20
 
+# What a reader reads before it is another one's turn.
+_TURN_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -37,11 +40,15 @@ class Group:
     requests: tuple[Request, ...]
 
     def reader_of(self) -> list[int]:
-        """Which rank of the group reads each request: the one with the fewest bytes so far."""
+        """Which rank of the group reads each request: in turn the one with the fewest bytes so far.
+
+        Each for a while: what is small altogether has one reader, and is sent once.
+        """
         loads = dict.fromkeys(self.ranks, 0)
-        readers = []
+        reader, readers = self.ranks[0], []
         for request in self.requests:
-            reader = min(loads, key=lambda rank: (loads[rank], rank))
+            if loads[reader] >= min(loads.values()) + _TURN_BYTES:
+                reader = min(loads, key=lambda rank: (loads[rank], rank))
             loads[reader] += _num_bytes(request)
             readers.append(reader)
         return readers
@@ -65,26 +72,32 @@ class Shared:
         return lambda request: id(request) not in others
 
 
-def share(whole: Sequence[Request], shards: Sequence[Request], ranks: Ranks) -> Shared:
-    """Find the ranks that want the same. Collective: one small exchange of digests.
+def digests(whole: Sequence[Request], shards: Sequence[Request]) -> list[int]:
+    """What `share` has to know of each rank: two integers, from its requests."""
+    return [_digest(sorted(requests, key=_identity)) for requests in (whole, shards)]
+
+
+def share(whole: Sequence[Request], shards: Sequence[Request], everyone: Sequence[Sequence[int]], mine: int) -> Shared:
+    """Find the ranks that want the same. Pure.
 
     Args:
         whole: Requests of tensors that this rank holds whole.
         shards: All others.
+        everyone: The `digests` of every rank, in rank order.
+        mine: This rank.
     """
     classes = [sorted(whole, key=_identity), sorted(shards, key=_identity)]
-    everyone = ranks.all_gather_ints("find replicas", [_digest(requests) for requests in classes])
     groups: list[Group] = []
     memberships: list[tuple[int, ...]] = []
     for number, requests in enumerate(classes):
         members: dict[int, list[int]] = defaultdict(list)
-        for rank, digests in enumerate(everyone):
-            members[digests[number]].append(rank)
+        for rank, of_rank in enumerate(everyone):
+            members[of_rank[number]].append(rank)
         for digest, of_digest in sorted(members.items()):
             # A digest of 0 stands for no requests at all.
             if digest != 0 and len(of_digest) > 1:
                 memberships.append(tuple(of_digest))
-                if ranks.rank in of_digest:
+                if mine in of_digest:
                     groups.append(Group(tuple(of_digest), tuple(requests)))
     return Shared(tuple(groups), tuple(memberships))
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ray_stateful.wrappers import dense
+from ray_stateful.wrappers import dense, shards
 from ray_stateful.wrappers.model_keys import canonical_name, named_parameters, unwrapped
 from ray_stateful.wrappers.sharded_tensors import as_dtensor
 
@@ -113,10 +113,9 @@ def _whole_values(part: nn.Module) -> Callable[[str], torch.Tensor]:
     parameters = _shards(part) if _is_fsdp1(part) else dict(named_parameters(part))
 
     def value(name: str) -> torch.Tensor:
-        parameter = parameters[name].detach()
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        joined = shards.whole(parameters[name].detach())
         # A copy, also on the host: training goes on while it is written.
-        return torch.empty_like(whole, device="cpu").copy_(whole)
+        return torch.empty_like(joined, device="cpu").copy_(joined)
 
     return value
 

@@ -21,15 +21,8 @@ from ray_stateful.errors import UnsupportedState
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState, _get_lm_head_weight_and_name
 from ray_stateful.testing import run_ranks
 from tests.ranks import peft_models
-from tests.ranks.wrapper_models import WRAPPINGS, Tied, assert_same, fsdp2, leaves, train
+from tests.ranks.wrapper_models import WRAPPINGS, Tied, assert_same, fsdp2, leaves, passed, train
 from tests.transfer import snapshot
-
-
-def passed(outcomes: list[Any]) -> list[Any]:
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            raise outcome
-    return outcomes
 
 
 def parts(

@@ -130,6 +130,14 @@ def whole(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
+def passed(outcomes: list[Any]) -> list[Any]:
+    """What the ranks returned; raises what one of them raised."""
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes
+
+
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     if isinstance(tree, dict):
         return {k: v for name, value in tree.items() for k, v in leaves(value, f"{path}.{name}").items()}

@@ -1,0 +1,62 @@
+"""Sharded adapters on two CUDA devices with NCCL, which moves nothing in host memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+from ray_stateful import ModelState
+from ray_stateful.testing import run_ranks
+from tests.ranks.wrapper_models import assert_same, passed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+KEY = "base_model.model.score.weight"
+
+
+def nccl() -> dist.ProcessGroup:
+    torch.cuda.set_device(dist.get_rank())
+    return dist.new_group(backend="nccl")
+
+
+class OneLabel(nn.Module):
+    """A head of one row: on two ranks, the second has no shard of it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.base = nn.Linear(4, 4).requires_grad_(False)
+        self.score = nn.Linear(4, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.score(self.base(x))
+
+
+def there_and_back(saved: nn.Module, fresh: nn.Module) -> dict[str, Any]:
+    state = ModelState(saved, is_peft=True).state_dict()
+    again = ModelState(fresh, is_peft=True)
+    again.load_state_dict(state)
+    assert_same(again.state_dict(), state)
+    return state
+
+
+def offloaded() -> dict[str, Any]:
+    mesh = DeviceMesh.from_group(nccl(), "cuda")
+    return there_and_back(
+        *(fully_shard(OneLabel(seed), mesh=mesh, offload_policy=CPUOffloadPolicy()) for seed in (1, 2))
+    )
+
+
+def test_an_adapter_whose_shards_are_offloaded_to_the_host_comes_back():
+    state, nothing = passed(run_ranks(2, offloaded))
+    assert_same(state, {KEY: OneLabel(1).score.weight.detach()})
+    assert nothing == {}

@@ -31,6 +31,16 @@ def current_rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def device_of(group: dist.ProcessGroup | None = None) -> str:
+    """The type of the device whose tensors `group` moves: `cpu` wherever it moves them too, as torch has it.
+
+    The same on every rank of it, whatever a rank holds.
+    """
+    # "cuda:nccl", or "cpu:gloo,cuda:nccl"
+    devices = [entry.partition(":")[0] for entry in str(dist.get_backend_config(group)).split(",")]
+    return "cpu" if "cpu" in devices else devices[0]
+
+
 @dataclass(slots=True)
 class Outcome:
     """What became of one phase on this rank: nothing, or one error."""

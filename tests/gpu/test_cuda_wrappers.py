@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 
 from ray_stateful import ModelState
 from ray_stateful.testing import run_ranks
@@ -58,5 +59,26 @@ def offloaded() -> dict[str, Any]:
 
 def test_an_adapter_whose_shards_are_offloaded_to_the_host_comes_back():
     state, nothing = passed(run_ranks(2, offloaded))
+    assert_same(state, {KEY: OneLabel(1).score.weight.detach()})
+    assert nothing == {}
+
+
+def fewer_rows_than_ranks(cpu_offload: bool) -> dict[str, Any]:
+    warnings.simplefilter("ignore")  # FSDP1 announces its end
+    group = nccl()
+    device = torch.device("cuda", dist.get_rank())
+    offload = CPUOffload(offload_params=cpu_offload)
+    models = [
+        FullyShardedDataParallel(
+            OneLabel(seed), process_group=group, device_id=device, use_orig_params=True, cpu_offload=offload
+        )
+        for seed in (1, 2)
+    ]
+    return there_and_back(*models)
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_a_head_with_fewer_rows_than_ranks_comes_back_under_fsdp1(cpu_offload):
+    state, nothing = passed(run_ranks(2, fewer_rows_than_ranks, cpu_offload))
     assert_same(state, {KEY: OneLabel(1).score.weight.detach()})
     assert nothing == {}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ray_stateful.states.part import Reconciled, StrictPart
-from ray_stateful.wrappers import adapters, dense, model_keys
+from ray_stateful.wrappers import adapters, dense, model_keys, shards
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class ModelState(StrictPart):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, flat, by canonical name. Collective for FSDP1, for adapters, and with a `pp_group`."""
+        shards.reshard(self.model)
         if self._whole_adapter:
             whole = adapters.collect(self._parts(), self.pp_group)
             return {key: value for key, value in whole.items() if not self._is_skipped(key)}
@@ -96,6 +97,7 @@ class ModelState(StrictPart):
         Raises:
             ValueError: keys are missing or unexpected, and `strict`; lists them, and nothing was loaded.
         """
+        shards.reshard(self.model)
         if self._whole_adapter:
             self.notes = ()
             self._num_loaded = adapters.load(
@@ -119,6 +121,7 @@ class ModelState(StrictPart):
 
     def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:
         """Say which missing and unexpected keys are no harm. Collective with FSDP1 or a `pp_group`."""
+        shards.reshard(self.model)
         renamed: dict[str, str] = {}
         taken: dict[str, str] = {}
         if self._whole_adapter:

@@ -1,9 +1,25 @@
-"""What torch leaves to whoever looks at a sharded parameter: joining its shards on the right device."""
+"""What torch leaves to whoever looks at the parameters of a sharded model: to have shards, and to join them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+
+def reshard(parts: Iterable[nn.Module]) -> None:
+    """Let the parameters of FSDP2 be the shards that are trained. Local.
+
+    After a forward without a backward, an evaluation, the root's are whole copies, perhaps of a lower precision: no
+    optimizer knows them, and what is loaded into them is lost with them.
+    """
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

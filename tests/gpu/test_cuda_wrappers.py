@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -42,9 +43,9 @@ class OneLabel(nn.Module):
         return self.score(self.base(x))
 
 
-def there_and_back(saved: nn.Module, fresh: nn.Module) -> dict[str, Any]:
-    state = ModelState(saved, is_peft=True).state_dict()
-    again = ModelState(fresh, is_peft=True)
+def there_and_back(saved: nn.Module, fresh: nn.Module, **options: Any) -> dict[str, Any]:
+    state = ModelState(saved, is_peft=True, **options).state_dict()
+    again = ModelState(fresh, is_peft=True, **options)
     again.load_state_dict(state)
     assert_same(again.state_dict(), state)
     return state
@@ -82,3 +83,16 @@ def test_a_head_with_fewer_rows_than_ranks_comes_back_under_fsdp1(cpu_offload):
     state, nothing = passed(run_ranks(2, fewer_rows_than_ranks, cpu_offload))
     assert_same(state, {KEY: OneLabel(1).score.weight.detach()})
     assert nothing == {}
+
+
+def stages() -> tuple[list[str], int]:
+    group = nccl()
+    stage = nn.ModuleDict({f"stage_{dist.get_rank()}": OneLabel(dist.get_rank())})
+    torch.cuda.reset_peak_memory_stats()
+    state = there_and_back(stage, copy.deepcopy(stage), pp_group=group)
+    return sorted(state), torch.cuda.max_memory_allocated()
+
+
+def test_the_adapters_of_a_pipeline_over_nccl_are_joined_without_a_byte_on_the_devices():
+    keys = [f"base_model.model.stage_{rank}.score.weight" for rank in (0, 1)]
+    assert passed(run_ranks(2, stages)) == [(keys, 0), ([], 0)]

@@ -8,27 +8,16 @@ from __future__ import annotations
 import warnings
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import Backend
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from ray_stateful.testing import run_ranks
 from ray_stateful.wrappers.sharded_tensors import as_dtensor
 from ray_stateful.wrappers.shards import whole
-from tests.ranks.wrapper_models import fsdp1, passed
-
-
-def group_of_a_device() -> dist.ProcessGroup:
-    """A group of all ranks, for tensors of `meta` alone."""
-    if "elsewhere" not in Backend.backend_list:
-        Backend.register_backend("elsewhere", dist.ProcessGroupGloo, devices=["meta"])
-    group = dist.new_group(backend="elsewhere")
-    assert dist.get_backend_config(group) == "meta:elsewhere"
-    return group
+from tests.ranks.wrapper_models import fsdp1, group_of_a_device, passed
 
 
 def offloaded() -> tuple[str, tuple[int, ...]]:

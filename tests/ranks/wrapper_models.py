@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.distributed_c10d import Backend
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -98,6 +99,15 @@ WRAPPINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compiled": compiled,
     "checkpointed": checkpointed,
 }
+
+
+def group_of_a_device(ranks: list[int] | None = None) -> dist.ProcessGroup:
+    """A group of `ranks`, or of all, that moves nothing in host memory, as NCCL's: it is for tensors of `meta`."""
+    if "elsewhere" not in Backend.backend_list:
+        Backend.register_backend("elsewhere", dist.ProcessGroupGloo, devices=["meta"])
+    group = dist.new_group(ranks, backend="elsewhere")
+    assert group == dist.GroupMember.NON_GROUP_MEMBER or dist.get_backend_config(group) == "meta:elsewhere"
+    return group
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any = None, num_steps: int = 3) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,16 @@ DEFAULT_TIMEOUT_S = 1800.0
 def current_rank() -> int:
     """This process's rank in the default process group; 0 without one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def device_of(group: dist.ProcessGroup | None = None) -> str:
+    """The type of the device whose tensors `group` moves: `cpu` wherever it moves them too, as torch has it.
+
+    The same on every rank of it, whatever a rank holds.
+    """
+    # "cuda:nccl", or "cpu:gloo,cuda:nccl"
+    devices = [entry.partition(":")[0] for entry in str(dist.get_backend_config(group)).split(",")]
+    return "cpu" if "cpu" in devices else devices[0]
 
 
 @dataclass(slots=True)
@@ -83,7 +94,7 @@ class Ranks:
             return cls(timeout_s=timeout_s)
         world = dist.group.WORLD
         made = _groups.get((purpose, timeout_s))
-        if made is None or made.world is not world:
+        if made is None or made.over is not world:
             timeout = timedelta(seconds=timeout_s)
             alone = cls(dist.get_rank(), dist.get_world_size(), None, timeout_s)
             group = alone.within_deadline(
@@ -179,9 +190,35 @@ class Ranks:
             raise RankTimeout(phase, self.rank, time.monotonic() - began, str(error)) from error
 
 
+def on_host(group: dist.ProcessGroup, timeout_s: float = DEFAULT_TIMEOUT_S) -> dist.ProcessGroup:
+    """The ranks of `group` in a group that moves host memory: itself, or one of our own that is made once.
+
+    An object collective on a group of NCCL alone puts all that it pickles on the device. For such a group the first
+    call is collective over the world: every rank is in one, and all of them are made together. To make each by its own
+    ranks (`use_local_synchronization`) is no way out: torch derives the name to meet under from the number of groups
+    that a rank is in, and that differs where some ranks of a pipeline share a group more, as its ends do.
+    """
+    if device_of(group) == "cpu":
+        return group
+    key = (f"ranks of {group.group_name}", timeout_s)
+    made = _groups.get(key)
+    if made is None or made.over is not group:
+        world, phase = Ranks.of_world(timeout_s), "make groups in host memory"
+        mine = sorted(dist.get_process_group_ranks(group))
+        found: dist.ProcessGroup | None = None
+        # In one order, and also by those that are not in it.
+        for members in sorted({tuple(members) for members in world.all_gather(phase, mine)}):
+            make = partial(dist.new_group, list(members), backend="gloo", timeout=timedelta(seconds=timeout_s))
+            new = world.within_deadline(phase, make)
+            found = new if list(members) == mine else found
+        made = _groups[key] = _Made(group, found)
+    assert made.group is not None
+    return made.group
+
+
 @dataclass(frozen=True, slots=True)
 class _Made:
-    world: dist.ProcessGroup | None
+    over: dist.ProcessGroup | None
     group: dist.ProcessGroup | None = field(repr=False)
 
 

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ray_stateful.wrappers import dense
+from ray_stateful.ranks import device_of
+from ray_stateful.wrappers import dense, shards
 from ray_stateful.wrappers.model_keys import canonical_name, named_parameters, unwrapped
 from ray_stateful.wrappers.sharded_tensors import as_dtensor
 
@@ -113,10 +114,9 @@ def _whole_values(part: nn.Module) -> Callable[[str], torch.Tensor]:
     parameters = _shards(part) if _is_fsdp1(part) else dict(named_parameters(part))
 
     def value(name: str) -> torch.Tensor:
-        parameter = parameters[name].detach()
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        joined = shards.whole(parameters[name].detach())
         # A copy, also on the host: training goes on while it is written.
-        return torch.empty_like(whole, device="cpu").copy_(whole)
+        return torch.empty_like(joined, device="cpu").copy_(joined)
 
     return value
 
@@ -188,8 +188,7 @@ def _broadcast(value: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype
         assert value is not None
         return value
     # A group of NCCL alone moves nothing on the host.
-    on_host = "cpu:" in str(dist.get_backend_config())
-    device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+    device = torch.device(device_of())
     mine = value.to(device).contiguous() if dist.get_rank() == 0 and value is not None else None
     box = torch.empty(shape, dtype=dtype, device=device) if mine is None else mine
     # As bytes: backends refuse some dtypes, and none of them needs to be understood.

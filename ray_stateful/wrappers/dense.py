@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ray_stateful.wrappers.model_keys import EXTRA_STATE, tied_head
 from ray_stateful.wrappers.sharded_tensors import as_dtensor, into_sharded
+from ray_stateful.wrappers.shards import whole
 
 
 def is_extra(key: str) -> bool:
@@ -70,8 +71,8 @@ def _like(ours: Any, theirs: Any) -> Any:
     if isinstance(ours, torch.Tensor) and isinstance(theirs, bytes):
         return torch.frombuffer(bytearray(theirs), dtype=torch.uint8) if theirs else torch.empty(0, dtype=torch.uint8)
     if isinstance(ours, DTensor) and isinstance(theirs, torch.Tensor) and not isinstance(theirs, DTensor):
-        whole = theirs.to(ours.device)
-        return distribute_tensor(whole, ours.device_mesh, ours.placements, src_data_rank=None)
+        on_device = theirs.to(ours.device)
+        return distribute_tensor(on_device, ours.device_mesh, ours.placements, src_data_rank=None)
     return into_sharded(ours, theirs)
 
 
@@ -80,6 +81,6 @@ def from_stage(value: Any, owner: int, group: dist.ProcessGroup | None) -> Any:
     assert group is not None
     box: list[Any] = [None]
     if dist.get_rank(group) == owner:
-        box = [(value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()]
+        box = [whole(value.detach()).cpu()]
     dist.broadcast_object_list(box, src=dist.get_global_rank(group, owner), group=group)
     return box[0]

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ray_stateful.ranks import on_host
 from ray_stateful.states.part import Reconciled, StrictPart
-from ray_stateful.wrappers import adapters, dense, model_keys
+from ray_stateful.wrappers import adapters, dense, model_keys, shards
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class ModelState(StrictPart):
             restored from a checkpoint of the run, is the model with its heads.
         cpu_offload: Tensors are copied to host memory; they do not alias the model then.
         pp_group: The ranks of one pipeline. Adapters of all stages are joined over it, and a head is loaded from the
-            embedding of another stage. Collective whenever it is given.
+            embedding of another stage. Collective whenever it is given. Beside a group of NCCL alone one of gloo is
+            made at the first use, by all ranks of the world: each of them is in a pipeline.
         strict: Missing and unexpected keys are errors; otherwise they are noted.
     """
 
@@ -78,8 +80,9 @@ class ModelState(StrictPart):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, flat, by canonical name. Collective for FSDP1, for adapters, and with a `pp_group`."""
+        shards.reshard(self.model)
         if self._whole_adapter:
-            whole = adapters.collect(self._parts(), self.pp_group)
+            whole = adapters.collect(self._parts(), self._pipeline())
             return {key: value for key, value in whole.items() if not self._is_skipped(key)}
         return {
             prefix + name: dense.stored(name, value)
@@ -96,10 +99,11 @@ class ModelState(StrictPart):
         Raises:
             ValueError: keys are missing or unexpected, and `strict`; lists them, and nothing was loaded.
         """
+        shards.reshard(self.model)
         if self._whole_adapter:
             self.notes = ()
             self._num_loaded = adapters.load(
-                self._parts(), state_dict, self.pp_group, lambda missing, extra: self._accept(missing, extra, strict)
+                self._parts(), state_dict, self._pipeline(), lambda missing, extra: self._accept(missing, extra, strict)
             )
             return
         given = dict(state_dict)
@@ -119,6 +123,7 @@ class ModelState(StrictPart):
 
     def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:
         """Say which missing and unexpected keys are no harm. Collective with FSDP1 or a `pp_group`."""
+        shards.reshard(self.model)
         renamed: dict[str, str] = {}
         taken: dict[str, str] = {}
         if self._whole_adapter:
@@ -219,7 +224,7 @@ class ModelState(StrictPart):
         # In one order on all stages, decided from what all of them know: each of these is a collective.
         for source in sorted(set().union(*wanted)):
             owner = next(index for index, stage in enumerate(stages) if source in stage)
-            value = dense.from_stage(given.get(source), owner, self.pp_group)
+            value = dense.from_stage(given.get(source), owner, self._pipeline())
             for key in [key for key, wants in substitutes.items() if wants == source and source not in given]:
                 given[key] = value
         for key, source in substitutes.items():
@@ -228,11 +233,16 @@ class ModelState(StrictPart):
         return substitutes
 
     def _gather(self, keys: set[str]) -> list[set[str]]:
-        if self.pp_group is None:
+        group = self._pipeline()
+        if group is None:
             return [keys]
-        into: list[Any] = [None] * dist.get_world_size(self.pp_group)
-        dist.all_gather_object(into, keys, group=self.pp_group)
+        into: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(into, keys, group=group)
         return into
+
+    def _pipeline(self) -> dist.ProcessGroup | None:
+        """The ranks of the pipeline, in a group for what is pickled."""
+        return None if self.pp_group is None else on_host(self.pp_group)
 
     def _accept(self, missing: set[str], unexpected: set[str], strict: bool | None) -> None:
         judged = self._judge(missing, unexpected, strict)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from ray_stateful.states.part import Reconciled, StrictPart
-from ray_stateful.wrappers import model_keys, optimizer_keys, schedulers
+from ray_stateful.wrappers import model_keys, optimizer_keys, schedulers, shards
 from ray_stateful.wrappers.fsdp1_optimizer import Fsdp1Optimizer
 from ray_stateful.wrappers.optimizer_values import BoundOptimizer, bind
 
@@ -118,6 +118,7 @@ class OptimizerState(StrictPart):
 
     def _bind(self) -> list[BoundOptimizer | Fsdp1Optimizer]:
         """The optimizers with the names that their parameters have now."""
+        shards.reshard(self.model)
         names: dict[torch.Tensor, str] = {}
         for prefix, part in zip(model_keys.part_prefixes(self.model), self.model, strict=True):
             for name, parameter in model_keys.named_parameters(part):

@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from ray_stateful.ranks import device_of
 
 
 def as_dtensor(value: Any) -> Any:
@@ -26,10 +29,12 @@ def as_dtensor(value: Any) -> Any:
     with _deprecated():
         shape, shards = value.size(), value.local_shards()
         # FSDP1 cuts the first dim into equal pieces, the last one shorter, as `Shard(0)` does.
-        local = shards[0].tensor if shards else torch.empty(0, *shape[1:], dtype=value.dtype)
-        mesh = _mesh(value._process_group, local.device.type)
+        local = shards[0].tensor.detach() if shards else _no_rows(value)
+        mesh = _mesh(value._process_group)
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    layout = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(shape, stride, value.dtype))
+    # Not `from_local`: it moves what is offloaded to the mesh's device, a copy that nobody would see written to.
+    return DTensor(local, layout, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def into_sharded(ours: Any, theirs: Any) -> Any:
@@ -47,9 +52,19 @@ def into_sharded(ours: Any, theirs: Any) -> Any:
     return ours
 
 
+def _no_rows(value: ShardedTensor) -> torch.Tensor:
+    """The shard of a rank that has none, where the others have theirs: every rank is told where they are."""
+    placement = value.metadata().shards_metadata[0].placement
+    assert placement is not None
+    # The type alone: the number is that of another rank's device.
+    return torch.empty(0, *value.size()[1:], dtype=value.dtype, device=placement.device().type)
+
+
 @functools.cache
-def _mesh(group: dist.ProcessGroup, device_type: str) -> DeviceMesh:
-    return DeviceMesh.from_group(group, device_type)
+def _mesh(group: dist.ProcessGroup) -> DeviceMesh:
+    # Of the group's device, and not of this rank's shard, which it may lack: with meshes of two kinds the ranks would
+    # not meet in one collective. A shard that was offloaded is joined there too.
+    return DeviceMesh.from_group(group, device_of(group))
 
 
 @contextmanager

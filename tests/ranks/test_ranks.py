@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 
 from ray_stateful.errors import RankFailed, RankTimeout
-from ray_stateful.ranks import Outcome, Ranks
+from ray_stateful.ranks import Outcome, Ranks, on_host
 from ray_stateful.testing import RanksHung, run_ranks
+from tests.ranks.wrapper_models import group_of_a_device
 
 
 def fail_on(bad_rank):
@@ -54,6 +55,25 @@ def test_a_rank_that_never_comes_to_make_the_group_is_a_timeout_that_says_so():
 
     assert type(outcomes[0]) is RankTimeout
     assert outcomes[0].phase == "make a group for tests"
+
+
+def pipelines():
+    rank, mine = dist.get_rank(), None
+    for members in ([0, 2], [1, 3]):
+        group = group_of_a_device(members)
+        mine = group if rank in members else mine
+    # The ends of a pipeline often share a group that the others are not in: here it is one end alone.
+    dist.new_group([0])
+    found = on_host(mine, timeout_s=20)
+    everyones = [None, None]
+    dist.all_gather_object(everyones, rank, group=found)
+    assert on_host(mine, timeout_s=20) is found
+    assert on_host(dist.group.WORLD) is dist.group.WORLD
+    return everyones
+
+
+def test_the_ranks_of_a_group_of_a_device_meet_in_host_memory_whatever_other_groups_they_are_in():
+    assert run_ranks(4, pipelines) == [[0, 2], [1, 3]] * 2
 
 
 def die():

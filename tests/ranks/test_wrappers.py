@@ -21,15 +21,8 @@ from ray_stateful.errors import UnsupportedState
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState, _get_lm_head_weight_and_name
 from ray_stateful.testing import run_ranks
 from tests.ranks import peft_models
-from tests.ranks.wrapper_models import WRAPPINGS, Tied, assert_same, fsdp2, leaves, train
+from tests.ranks.wrapper_models import WRAPPINGS, Tied, assert_same, fsdp2, group_of_a_device, leaves, passed, train
 from tests.transfer import snapshot
-
-
-def passed(outcomes: list[Any]) -> list[Any]:
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            raise outcome
-    return outcomes
 
 
 def parts(
@@ -315,8 +308,11 @@ class LastStage(nn.Module):
         self.lm_head = nn.Linear(8, 11, bias=False)
 
 
-def stages(directory: str) -> None:
-    rank, group = dist.get_rank(), dist.new_group()
+PIPELINES = {"gloo": dist.new_group, "a device's": group_of_a_device}
+
+
+def stages(directory: str, backend: str) -> None:
+    rank, group = dist.get_rank(), PIPELINES[backend]()
     make = FirstStage if rank == 0 else LastStage
     torch.manual_seed(rank)
     saved, fresh = make(), make()
@@ -342,8 +338,9 @@ def stages(directory: str) -> None:
     assert judged.problems == ()
 
 
-def test_every_stage_of_a_pipeline_comes_back_and_a_head_is_taken_from_another_stages_embedding(tmp_path):
-    passed(run_ranks(2, stages, str(tmp_path)))
+@pytest.mark.parametrize("backend", PIPELINES)
+def test_every_stage_of_a_pipeline_comes_back_and_a_head_is_taken_from_another_stages_embedding(backend, tmp_path):
+    passed(run_ranks(2, stages, str(tmp_path), backend))
 
 
 class Adapted(nn.Module):
@@ -354,8 +351,8 @@ class Adapted(nn.Module):
         self.add_module(name, layer)
 
 
-def adapted_stages(directory: str) -> list[str]:
-    rank, group = dist.get_rank(), dist.new_group()
+def adapted_stages(backend: str) -> list[str]:
+    rank, group = dist.get_rank(), PIPELINES[backend]()
     torch.manual_seed(rank)
     saved, fresh = Adapted(f"layer_{rank}"), Adapted(f"layer_{rank}")
     if rank == 1:
@@ -370,9 +367,10 @@ def snapshot_trained(model: nn.Module) -> dict[str, Any]:
     return leaves({n.replace("module.", ""): p for n, p in model.named_parameters() if p.requires_grad})
 
 
-def test_the_adapters_of_all_stages_are_joined_on_rank_0(tmp_path):
+@pytest.mark.parametrize("backend", PIPELINES)
+def test_the_adapters_of_all_stages_are_joined_on_rank_0(backend):
     joined = ["base_model.model.layer_0.lora_A.weight", "base_model.model.norm.layer_1.lora_A.weight"]
-    assert passed(run_ranks(2, adapted_stages, str(tmp_path))) == [joined, []]
+    assert passed(run_ranks(2, adapted_stages, backend)) == [joined, []]
 
 
 def adapter(directory: str, wrapping: str) -> int:

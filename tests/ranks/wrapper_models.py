@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.distributed_c10d import Backend
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -100,6 +101,15 @@ WRAPPINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+def group_of_a_device(ranks: list[int] | None = None) -> dist.ProcessGroup:
+    """A group of `ranks`, or of all, that moves nothing in host memory, as NCCL's: it is for tensors of `meta`."""
+    if "elsewhere" not in Backend.backend_list:
+        Backend.register_backend("elsewhere", dist.ProcessGroupGloo, devices=["meta"])
+    group = dist.new_group(ranks, backend="elsewhere")
+    assert group == dist.GroupMember.NON_GROUP_MEMBER or dist.get_backend_config(group) == "meta:elsewhere"
+    return group
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any = None, num_steps: int = 3) -> None:
     """Deterministic, the same on all ranks, so that every wrapping computes the same up to rounding."""
     generator = torch.Generator().manual_seed(3)
@@ -128,6 +138,14 @@ def whole(value: Any) -> Any:
         dist.all_reduce(full)
         return full
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def passed(outcomes: list[Any]) -> list[Any]:
+    """What the ranks returned; raises what one of them raised."""
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:

@@ -284,12 +284,14 @@ def _agree_on_problems(
 
 
 def _union_of_keys(mappings: Mapping[str, tuple[str | int, ...]], outcome: Outcome, ranks: Ranks) -> dict[str, str]:
-    """Every key that some rank's state has, to the name of its part.
+    """Every key that some rank's state has, but for those that are a rank's own, to the name of its part.
 
     Raises:
         RankFailed: on every rank, if `outcome` holds an error on any of them.
     """
-    mine = {key: str(path[0]) for key, path in mappings.items()}
+    mine = {
+        key: str(path[0]) for key, path in mappings.items() if len(path) < 2 or not layout.is_rank_key(str(path[1]))
+    }
     # With data parallelism all ranks have the same keys.
     digest = int(checksum("\n".join(sorted(mine)).encode()), 16) >> 1
     digests = ranks.raise_if_any_failed("collect the state", outcome, [digest])

@@ -69,7 +69,11 @@ def load(part: nn.Module, own: Mapping[str, Any], given: Mapping[str, Any]) -> N
 
 def _like(ours: Any, theirs: Any) -> Any:
     if isinstance(ours, torch.Tensor) and isinstance(theirs, bytes):
-        return torch.frombuffer(bytearray(theirs), dtype=torch.uint8) if theirs else torch.empty(0, dtype=torch.uint8)
+        return (
+            torch.frombuffer(bytearray(theirs), dtype=torch.uint8)
+            if theirs
+            else torch.empty(0, dtype=torch.uint8, device="cpu")
+        )
     if isinstance(ours, DTensor) and isinstance(theirs, torch.Tensor) and not isinstance(theirs, DTensor):
         on_device = theirs.to(ours.device)
         return distribute_tensor(on_device, ours.device_mesh, ours.placements, src_data_rank=None)

@@ -1,6 +1,7 @@
 """Replicas: each byte is read from storage once, by one of the ranks that want it, and is right on all of them."""
 
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from ray_stateful import RandomState, checkpoint
 from ray_stateful.errors import NoIntactCheckpoint
+from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.states.part import Reconciled, StrictPart
 from ray_stateful.storage import sharing
@@ -75,6 +77,21 @@ def restore_as(run, placements_of_case):
     except NoIntactCheckpoint as error:
         results.append(type(error).__name__)
     return results
+
+
+def count_meetings(run):
+    state = {"part": Placed((dist.get_world_size(),), [Shard(0)], True), "random": RandomState()}
+    checkpoint.save(state, step=1, run=run, timeout_s=30)
+    with patch.object(Ranks, "within_deadline", autospec=True, side_effect=Ranks.within_deadline) as meetings:
+        checkpoint.restore(state, run=run, timeout_s=30)
+    return [call.args[1] for call in meetings.call_args_list]
+
+
+def test_the_ranks_meet_eight_times_in_a_restore_whatever_there_is_in_it(tmp_path):
+    phases = ["compare parts", "look for checkpoints", "collect the state", "match the state", "plan to read", "read"]
+    # Of what all of them hold whole, little as it is: one sends it to the others.
+    phases += ["send what was read", "load the state"]
+    assert run_ranks(2, count_meetings, str(tmp_path)) == [phases] * 2
 
 
 BYTES = sum(whole(name).nbytes for name in SHAPES) + 4000

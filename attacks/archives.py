@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from attacks.corpus import attack
-from attacks.pickles import Runs, archive, items_are
+from attacks.pickles import Runs, archive, items_are, text
 from ray_stateful.format import layout
 
 
@@ -142,3 +142,89 @@ def item_with_a_key_without_end(workshop):
     """A tuple in a tuple in a tuple, half a million deep: to hash it takes more stack than there is."""
     value = pickle.EMPTY_DICT + pickle.NONE + pickle.TUPLE1 * 500_000 + pickle.NONE + pickle.SETITEM
     items_are(workshop, archive(pickle.PROTO + b"\2" + value + pickle.STOP))
+
+
+def item_with(workshop: object, *parts: bytes) -> None:
+    """An item whose pickle has these instructions."""
+    items_are(workshop, archive(pickle.PROTO + b"\2" + b"".join(parts) + pickle.STOP))
+
+
+def name_of(module: str, name: str) -> bytes:
+    """The instruction that looks a name up, in the only form that torch's reader knows."""
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+@attack(foreign=True)
+def item_that_doubles_itself(workshop):
+    """Bytes as hexadecimal digits are twice as long, and those are again: a gigabyte out of a kilobyte."""
+    value = name_of("_codecs", "encode") + text("ab") + text("latin1") + pickle.TUPLE2 + pickle.REDUCE
+    for _ in range(29):
+        value = name_of("_codecs", "encode") + value + text("hex_codec") + pickle.TUPLE2 + pickle.REDUCE
+    item_with(workshop, value)
+
+
+@attack(foreign=True)
+def item_that_asks_for_zeros(workshop):
+    """`bytearray(600_000_000)`, in 40 bytes: torch's reader calls it with whatever it is given."""
+    size = pickle.BININT + (600_000_000).to_bytes(4, "little")
+    item_with(workshop, name_of("builtins", "bytearray") + size + pickle.TUPLE1 + pickle.REDUCE)
+
+
+@attack(foreign=True)
+def item_of_what_lies_in_memory(workshop):
+    """`torch.Tensor(1000)`: nobody wrote its elements; they are what the process had there, a key for example."""
+    item_with(workshop, name_of("torch", "Tensor") + pickle.BININT2 + b"\xe8\3" + pickle.TUPLE1 + pickle.REDUCE)
+
+
+@attack(foreign=True)
+def item_of_a_storage_that_nobody_wrote(workshop):
+    """A storage of a gigabyte, made by its class and not read from the archive."""
+    name, size = name_of("torch.storage", "UntypedStorage"), pickle.BININT + (1 << 30).to_bytes(4, "little")
+    item_with(workshop, name + size + pickle.TUPLE1 + pickle.REDUCE)
+
+
+@attack(foreign=True)
+def item_that_is_copied_without_end(workshop):
+    """One list of 100,000 numbers, and a hundred thousand sets that are made of it."""
+    numbers = b"".join(pickle.BININT + number.to_bytes(4, "little") for number in range(100_000))
+    listed = pickle.EMPTY_LIST + pickle.MARK + numbers + pickle.APPENDS + pickle.TUPLE1 + pickle.BINPUT + b"\0"
+    name = name_of("builtins", "set") + pickle.BINPUT + b"\1"
+    sets = (pickle.BINGET + b"\1" + pickle.BINGET + b"\0" + pickle.REDUCE) * 100_000
+    item_with(workshop, listed + name + pickle.EMPTY_LIST + pickle.MARK + sets + pickle.APPENDS)
+
+
+@attack(foreign=True)
+def item_of_empty_lists_by_the_million(workshop):
+    """A byte each in the file, and 64 in memory: twenty million of them."""
+    item_with(workshop, pickle.EMPTY_LIST + pickle.MARK + pickle.EMPTY_LIST * 20_000_000 + pickle.APPENDS)
+
+
+@attack(foreign=True)
+def item_of_numbers_of_one_hash(workshop):
+    """A dict whose keys are multiples of 2**61 - 1, which all have the hash 0: each is compared with each."""
+    keys = (pickle.encode_long(number * (2**61 - 1)) for number in range(1, 60_000))
+    pairs = b"".join(pickle.LONG1 + bytes([len(key)]) + key + pickle.NONE for key in keys)
+    item_with(workshop, pickle.EMPTY_DICT + pickle.MARK + pairs + pickle.SETITEMS)
+
+
+@attack(foreign=True)
+def item_of_lists_in_lists(workshop):
+    """A list of two lists of two lists, 60 levels deep: 300 bytes, until somebody copies, compares or prints it."""
+    value = pickle.EMPTY_LIST + pickle.BINPUT + b"\0"
+    for level in range(60):
+        below = pickle.BINGET + bytes([level])
+        value += pickle.EMPTY_LIST + pickle.BINPUT + bytes([level + 1]) + pickle.MARK + below + below + pickle.APPENDS
+    item_with(workshop, value)
+
+
+@attack(foreign=True)
+def item_that_holds_itself(workshop):
+    """A list that is its own entry, twice."""
+    itself = pickle.BINGET + b"\0"
+    item_with(workshop, pickle.EMPTY_LIST + pickle.BINPUT + b"\0" + pickle.MARK + itself + itself + pickle.APPENDS)
+
+
+@attack(foreign=True)
+def item_of_one_element_a_trillion_times(workshop):
+    """A value that is a tensor of one element, whose strides are 0 and whose size is a terabyte once it is copied."""
+    items_are(workshop, saved((torch.ones(1).expand(1 << 40),)))

@@ -11,8 +11,9 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from attacks.archives import saved
 from attacks.corpus import Workshop, attack
-from attacks.pickles import assemble, metadata_is, text
+from attacks.pickles import assemble, items_are, metadata_is, text
 from ray_stateful.format import layout
 
 
@@ -214,3 +215,98 @@ def metadata_is_a_terabyte(workshop):
     """A metadata file that takes no room on the disk and all of the memory: one hole."""
     with open(workshop.directory / layout.DCP_METADATA, "wb") as file:
         file.truncate(1 << 40)
+
+
+@attack(foreign=True)
+def path_that_doubles_itself(workshop):
+    """A file's path joined of two paths that were joined of two, 40 levels deep: a terabyte of text."""
+    name = text("pathlib") + text("PosixPath") + pickle.STACK_GLOBAL + pickle.BINPUT + b"\0"
+    value = text("a") + pickle.BINPUT + b"\1"
+    for level in range(40):
+        part = pickle.BINGET + bytes([level + 1])
+        value += (
+            pickle.BINGET + b"\0" + part + part + pickle.TUPLE2 + pickle.REDUCE + pickle.BINPUT + bytes([level + 2])
+        )
+    metadata_is(workshop, assemble(name, value))
+
+
+@attack(foreign=True)
+def sizes_without_end(workshop):
+    """A torch.Size of 100,000 dims, and a hundred thousand more of the same numbers."""
+    name = text("torch") + text("Size") + pickle.STACK_GLOBAL + pickle.BINPUT + b"\0"
+    numbers = pickle.MARK + (pickle.BININT1 + b"\1") * 100_000 + pickle.TUPLE + pickle.TUPLE1 + pickle.BINPUT + b"\1"
+    sizes = (pickle.BINGET + b"\0" + pickle.BINGET + b"\1" + pickle.REDUCE) * 100_000
+    metadata_is(workshop, assemble(name, numbers, pickle.EMPTY_LIST, pickle.MARK, sizes, pickle.APPENDS))
+
+
+@attack(foreign=True)
+def places_of_one_hash(workshop):
+    """Forty thousand places of one tensor whose offsets have one hash: a dict compares each with each."""
+
+    keys = []
+    for number in range(1 << 15):
+        # A number and the same plus 2**61 - 1 have one hash, and so have tuples of them.
+        offset = torch.Size([(2**61 - 1) * (number >> bit & 1) for bit in range(15)])
+        # Each by itself, without the first and last instruction: a dict of them takes as long to make here.
+        keys.append(pickle.dumps(dcp.MetadataIndex("thing.weights", offset), protocol=2)[2:-1] + pickle.NONE)
+    metadata_is(workshop, assemble(pickle.EMPTY_DICT, pickle.MARK, *keys, pickle.SETITEMS))
+
+
+@attack(foreign=True)
+def chunks_of_one_hash(workshop):
+    """The same among the chunks of an entry."""
+
+    def crowd(metadata: Any) -> None:
+        entry = metadata.state_dict_metadata["thing.weights"]
+        for number in range(1 << 15):
+            offset = torch.Size([(2**61 - 1) * (number >> bit & 1) for bit in range(15)])
+            entry.chunks.append(dcp.ChunkStorageMetadata(offset, torch.Size([1] * 15)))
+
+    change(workshop, crowd)
+
+
+@attack(foreign=True)
+def values_in_one_place(workshop):
+    """A thousand values are the same two megabytes of a file; each is read and opened by itself."""
+    items_are(workshop, saved("x" * (2 << 20)))
+
+    def repeat(metadata: Any) -> None:
+        info, entry = place(metadata, "thing.name"), metadata.state_dict_metadata["thing.name"]
+        for number in range(1000):
+            metadata.state_dict_metadata[f"thing.name_{number}"] = entry
+            metadata.storage_data[dcp.MetadataIndex(f"thing.name_{number}")] = info
+
+    change(workshop, repeat)
+
+
+@attack(foreign=True)
+def path_of_a_hundred_thousand_steps(workshop):
+    """A path so long that all its beginnings together take 40 GB."""
+    key = "thing." + ".".join("a" * 100_000)
+
+    def lengthen(metadata: Any) -> None:
+        metadata.state_dict_metadata[key] = metadata.state_dict_metadata["thing.name"]
+        metadata.storage_data[dcp.MetadataIndex(key)] = place(metadata, "thing.name")
+        metadata.planner_data[key] = tuple(key.split("."))
+
+    change(workshop, lengthen)
+
+
+@attack(foreign=True)
+def position_before_the_first(workshop):
+    """Positions -1 and 1 of a list: as many as the largest says."""
+
+    def move(metadata: Any) -> None:
+        for number in (-1, 1):
+            key = f"thing.list.{number}"
+            metadata.state_dict_metadata[key] = metadata.state_dict_metadata["thing.name"]
+            metadata.storage_data[dcp.MetadataIndex(key)] = place(metadata, "thing.name")
+            metadata.planner_data[key] = ("thing", "list", number)
+
+    change(workshop, move)
+
+
+@attack(foreign=True)
+def name_that_commands_the_terminal(workshop):
+    """A module's name clears the screen when the message that refuses it is printed."""
+    metadata_is(workshop, assemble(text("\x1b[2Jos"), text("system"), pickle.STACK_GLOBAL))

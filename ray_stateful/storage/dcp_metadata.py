@@ -18,10 +18,13 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from ray_stateful.errors import HostileCheckpoint
 from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.index import IntKey, StoredChunk
+from ray_stateful.format.index import MAX_DIMS, IntKey, StoredChunk
 from ray_stateful.storage.strict_pickle import StrictUnpickler
 
 StorageInfo = _StorageInfo
+
+# In characters: no file system has longer paths.
+MAX_FILE_NAME = 4096
 
 
 def to_bytes(metadata: Metadata, rows: list[StoredChunk]) -> bytes:
@@ -95,7 +98,17 @@ def _strided(name: str) -> torch.layout:
 
 
 def _joined(*parts: str) -> str:
+    # Of two paths that were joined of two paths ..., forty times over, there would be a terabyte.
+    if any(type(part) is not str for part in parts) or sum(map(len, parts)) > MAX_FILE_NAME:
+        raise ValueError("a path of a file is no short text")
     return "/".join(parts)
+
+
+def _size(sizes: Any = ()) -> torch.Size:
+    # A long one could be made again and again of one tuple.
+    if type(sizes) not in (tuple, list) or len(sizes) > MAX_DIMS:
+        raise ValueError("a size has more dims than any tensor")
+    return torch.Size(sizes)
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -107,7 +120,7 @@ _VALUES: dict[tuple[str, str], Any] = {
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("pathlib", "PosixPath"): _joined,
     ("pathlib._local", "PosixPath"): _joined,
-    ("torch", "Size"): torch.Size,
+    ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _strided,
     (_METADATA, "_MEM_FORMAT_ENCODING"): lambda number: dcp._MEM_FORMAT_ENCODING(number),
 }

@@ -23,18 +23,21 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from ray_stateful.errors import HostileCheckpoint
 from ray_stateful.format.chunks import Box
 from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.index import MAX_DIMS, IntKey, KeyPath, StoredChunk
+from ray_stateful.format.index import MAX_DIMS, MAX_PATH_LENGTH, MAX_REPEATED_BYTES, IntKey, KeyPath, StoredChunk
 from ray_stateful.format.stock_item import HEAD_BYTES, data_position
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.dcp_metadata import StorageInfo, is_index
-from ray_stateful.storage.pickle_folds import folding_problem
+from ray_stateful.storage.pickle_folds import MAX_DEPTH, MAX_UNFOLDED, folding_problem
 from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.reading import ReadStatistics, Request, read_exactly
 
 # What torch.save adds to the bytes of one tensor is some 2 KiB; a view is saved with its whole storage by some.
 MAX_ENVELOPE_BYTES = 1 << 20
 MAX_VALUE_BYTES = 1 << 30
+# Of texts and containers that a value has more than once.
+MAX_SHARED_BYTES = 64 << 20
 
+_OF_ANY_SIZE = (torch.Tensor, dict, list, tuple, set, frozenset, str, bytes, bytearray)
 _MEMBER_HEADER_BYTES = 30
 _END_OF_DIRECTORY, _END_BYTES = b"PK\x05\x06", 22
 
@@ -60,6 +63,10 @@ def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[Store
         problem = _problem(found[-1], sizes)
         if problem is not None:
             raise HostileCheckpoint(where, f"{found[-1].key!r}: {problem}")
+    values, room = sum(row.item_length for row in found if row.dtype is None), MAX_REPEATED_BYTES + sum(sizes.values())
+    if values > room:
+        # Each is read by itself, however often the same item stands for one.
+        raise HostileCheckpoint(where, f"has values of {values:,} bytes in files of {room - MAX_REPEATED_BYTES:,}")
     missing = metadata.state_dict_metadata.keys() - {row.key for row in found}
     if missing:
         raise HostileCheckpoint(where, f"{len(missing)} entries are nowhere stored, {min(missing)!r} among them")
@@ -148,7 +155,43 @@ def load_item(storage: Storage, path: str, chunk: StoredChunk) -> Any:
         raise HostileCheckpoint(where, f"{chunk.key!r} can't be opened without running its code: {met}") from error
     if chunk.dtype is not None and not _is_plain(item, chunk):
         raise HostileCheckpoint(where, f"{chunk.key!r} is not a {chunk.dtype} tensor of {chunk.box.sizes}")
+    problem = None if chunk.dtype is not None else _value_problem(item, len(data))
+    if problem is not None:
+        raise HostileCheckpoint(where, f"{chunk.key!r} {problem}")
     return item
+
+
+def _value_problem(value: Any, num_bytes: int) -> str | None:
+    """Why a value that was read from `num_bytes` is not to be walked through, copied, printed or written.
+
+    A list of two lists of two lists is small, as is a tensor whose one element stands for a billion; what is made of
+    them is not.
+    """
+    objects, texts = MAX_UNFOLDED + num_bytes, MAX_SHARED_BYTES + 8 * num_bytes
+    elements = MAX_ENVELOPE_BYTES + 2 * num_bytes
+    pending: list[tuple[Any, int]] = [(value, 0)] if isinstance(value, _OF_ANY_SIZE) else []
+    tensors: set[int] = set()
+    while pending:
+        one, depth = pending.pop()
+        if isinstance(one, torch.Tensor):
+            if one.layout is torch.strided and not one.is_meta and id(one) not in tensors:
+                elements -= one.numel() * one.element_size()
+            tensors.add(id(one))
+            children: list[Any] = []
+        elif isinstance(one, dict):
+            children = [child for pair in one.items() for child in pair]
+        elif isinstance(one, list | tuple | set | frozenset):
+            children = list(one)
+        else:
+            texts -= len(one)
+            children = []
+        objects -= len(children)
+        if objects < 0 or texts < 0 or elements < 0:
+            return f"is {num_bytes:,} bytes, and far larger once it is copied"
+        if depth > MAX_DEPTH:
+            return f"is nested more than {MAX_DEPTH} deep"
+        pending += [(child, depth + 1) for child in children if isinstance(child, _OF_ANY_SIZE)]
+    return None
 
 
 def _is_plain(tensor: Any, chunk: StoredChunk) -> bool:
@@ -200,7 +243,7 @@ def _row(
     if not is_index(item) or type(info) is not StorageInfo:
         raise TypeError("it is not the place of a chunk")
     if info.transform_descriptors:
-        raise TypeError(f"{item.fqn} is stored transformed, which is not supported")
+        raise TypeError(f"{item.fqn!r} is stored transformed, which is not supported")
     key, entry = item.fqn, metadata.state_dict_metadata[item.fqn]
     place = {
         "key": key,
@@ -215,14 +258,22 @@ def _row(
     if isinstance(entry, BytesStorageMetadata):
         return StoredChunk(dtype=None, shape=(), box=Box((), ()), **place)
     if not isinstance(entry, TensorStorageMetadata):
-        raise TypeError(f"{key} is neither a tensor nor bytes")
+        raise TypeError(f"{key!r} is neither a tensor nor bytes")
     shape, dtype = _ints(entry.size), entry.properties.dtype
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{key} has a {type(dtype).__name__} for a dtype")
+        raise TypeError(f"{key!r} has a {type(dtype).__name__} for a dtype")
     offsets = _ints(item.offset) if item.offset is not None else (0,) * len(shape)
     # Once for each entry and not for each chunk of it: that would take time that grows with their square.
     if key not in places:
-        places[key] = {_ints(c.offsets): _ints(c.sizes) for c in entry.chunks}
+        if any(size < 0 for size in shape) or math.prod(max(size, 1) for size in shape) * 16 > 2**62:
+            raise ValueError(f"shape {shape} of {key!r} is absurd")
+        boxes = [(_ints(c.offsets), _ints(c.sizes)) for c in entry.chunks]
+        # Before they are hashed: within a shape there are not enough places of one hash to be slow.
+        if any(
+            len(at) != len(shape) or any(not 0 <= o <= n for o, n in zip(at, shape, strict=True)) for at, _ in boxes
+        ):
+            raise ValueError(f"a chunk of {key!r} is outside of its shape {shape}")
+        places[key] = dict(boxes)
     sizes = places[key]
     return StoredChunk(
         dtype=str(dtype).removeprefix("torch."),
@@ -230,6 +281,10 @@ def _row(
         box=Box(offsets, sizes[offsets]),
         **place,
     )
+
+
+def _is_place(offsets: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(offsets) == len(shape) and all(0 <= o <= size for o, size in zip(offsets, shape, strict=True))
 
 
 def _ints(numbers: Any) -> tuple[int, ...]:
@@ -246,6 +301,9 @@ def _path(key: Any, path: Any) -> KeyPath:
     steps = tuple(path) if isinstance(path, tuple | list) else ()
     if not steps or any(type(s) not in (str, int, IntKey) for s in steps) or ".".join(map(str, steps)) != key:
         return (key,)
+    # A path takes memory that grows with the square of its length, and stack.
+    if len(steps) > MAX_PATH_LENGTH or any(type(s) is int and s < 0 for s in steps):
+        raise ValueError(f"the path of {key[:80]!r} has {len(steps)} steps, or a position before the first")
     return steps
 
 

@@ -11,8 +11,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
+
+# A text's hash can't be chosen: it depends on a secret of the process.
+MAX_EQUAL_HASHES = 1000
 
 _INSTRUCTIONS = (
     pickle.APPEND,
@@ -88,6 +92,7 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
     ) -> None:
         super().__init__(io.BytesIO(data))
         self._values, self._functions, self._classes, self._is_key = values, functions, classes, is_key
+        self._hashes: Counter[int] = Counter()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._values:
@@ -141,6 +146,11 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         target = self.stack[-1]
         if type(target) is not dict or not self._is_key(key):
             raise pickle.UnpicklingError(f"sets a {type(key).__name__} as a key of a {type(target).__name__}")
+        if type(key) is not str:
+            # Numbers, and tuples of them, can be chosen so that a dict has to compare each with each.
+            self._hashes[hash(key)] += 1
+            if self._hashes[hash(key)] > MAX_EQUAL_HASHES:
+                raise pickle.UnpicklingError(f"has more than {MAX_EQUAL_HASHES} keys of one hash")
         target[key] = value
 
     def _load_append(self) -> None:

@@ -132,3 +132,27 @@ def set_of_lists(workshop):
 def bytes_that_are_not(workshop):
     """Base64 with something else in it."""
     value_is(workshop, {"$bytes": "!!!!"})
+
+
+@attack
+def set_of_numbers_of_one_hash(workshop):
+    """A set of multiples of 2**61 - 1, which all have the hash 0: each is compared with each."""
+    value_is(workshop, {"$set": [number * (2**61 - 1) for number in range(60_000)]})
+
+
+@attack
+def dict_of_tuples_of_one_hash(workshop):
+    """The same in the keys of a dict, a tuple around each."""
+    value_is(workshop, {"$dict": [[{"$tuple": [number * (2**61 - 1)]}, 0] for number in range(60_000)]})
+
+
+@attack
+def text_of_characters_that_do_not_exist(workshop):
+    """A NumPy text whose character is number 2**32 - 1: an internal error of the interpreter when it is taken out."""
+    value_is(workshop, {"$numpy": ["<U1", base64.b64encode(b"\xff" * 4).decode()]})
+
+
+@attack
+def texts_of_characters_that_do_not_exist(workshop):
+    """The same in an array, for whoever looks into it later."""
+    value_is(workshop, {"$ndarray": [">U2", [1], base64.b64encode(b"\xff" * 8).decode()]})

@@ -16,6 +16,7 @@ import base64
 import json
 import math
 import re
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 64
 MAX_EMPTY_STRINGS = 1 << 20
+MAX_EQUAL_HASHES = 1000
 _PLAIN_DTYPE = re.compile(r"[<>|=][biufcmMSUV][0-9]{1,9}(\[[0-9]{0,9}[a-zA-Z]{1,2}\])?")
 _SPLIT_CHARACTER = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _ADVICE = (
@@ -199,8 +201,21 @@ def _list(value: Any, depth: int) -> list[Any]:
     return [_decode(item, depth) for item in value]
 
 
+def _members(value: Any, depth: int) -> list[Any]:
+    return _distinguishable(_list(value, depth))
+
+
+def _distinguishable(keys: list[Any]) -> list[Any]:
+    # Numbers, and tuples of them, can be chosen so that a dict or a set has to compare each with each.
+    counts = Counter(hash(key) for key in keys if type(key) is not str)
+    if counts and max(counts.values()) > MAX_EQUAL_HASHES:
+        raise ValueError(f"more than {MAX_EQUAL_HASHES} keys have one hash")
+    return keys
+
+
 def _mapping(value: Any, depth: int) -> list[tuple[Any, Any]]:
     pairs = [(_decode(key, depth), _decode(item, depth)) for key, item in _given(value, list)]
+    _distinguishable([key for key, _ in pairs])
     if len(dict(pairs)) != len(pairs):
         raise ValueError("a dict has a key twice")
     return pairs
@@ -266,11 +281,11 @@ _DECODERS: dict[str, Callable[[Any, int], Any]] = {
     "$dict": lambda pairs, depth: dict(_mapping(pairs, depth)),
     "$dtype": _decode_dtype,
     "$float": lambda text, depth: float(_given(text, str)),
-    "$frozenset": lambda items, depth: frozenset(_list(items, depth)),
+    "$frozenset": lambda items, depth: frozenset(_members(items, depth)),
     "$ndarray": lambda given, depth: _array(*_given(given, list)),
     "$numpy": _decode_numpy,
     "$ordered_dict": lambda pairs, depth: OrderedDict(_mapping(pairs, depth)),
-    "$set": lambda items, depth: set(_list(items, depth)),
+    "$set": lambda items, depth: set(_members(items, depth)),
     "$size": _decode_size,
     "$tensor": _decode_tensor,
     "$tuple": lambda items, depth: tuple(_list(items, depth)),
@@ -289,6 +304,9 @@ def _array(dtype: str, shape: list[int], data: str) -> Any:
     if not parsed.itemsize:
         # Empty strings; there is no buffer to take them from.
         return np.zeros(_bounded(shape), dtype=parsed)
+    if parsed.kind == "U" and (np.frombuffer(raw, dtype=f"{parsed.byteorder}u4") > sys.maxunicode).any():
+        # numpy looks at characters when it takes a text out, and then it is an error of the interpreter.
+        raise ValueError("a text with characters that do not exist")
     return np.frombuffer(bytearray(raw), dtype=parsed).reshape(shape)
 
 

@@ -300,3 +300,29 @@ def index_that_is_a_hole(workshop):
     with open(workshop.directory / layout.INDEX, "wb") as file:
         file.truncate(1 << 40)
     workshop.manifest(lambda body: body["files"][layout.INDEX].update(size=1 << 40))
+
+
+def batches(workshop, number, texts, options=None):
+    """An index of so many batches without rows; before each comes the dictionary of values that `texts` gives."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, SCHEMA, options=options) as writer:
+        for batch in range(number):
+            columns = [pa.array([], field.type) for field in SCHEMA]
+            columns[-1] = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), texts(batch))
+            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+    workshop.write(layout.INDEX, sink.getvalue().to_pybytes())
+
+
+@attack
+def index_of_endless_batches(workshop):
+    """Two thousand batches of no rows that refer to one dictionary of a million texts, which is read for each."""
+    texts = pa.array([""] * 1_000_000)
+    batches(workshop, 2000, lambda _: texts)
+
+
+@attack
+def index_whose_dictionary_grows(workshop):
+    """A dictionary of half a million texts, and one more before each of 500 batches: each keeps all of it, 2 MB."""
+    options = pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
+    texts = pa.array(["", *"x" * 500_000])
+    batches(workshop, 500, lambda batch: texts[: 500_000 - 500 + batch], options)

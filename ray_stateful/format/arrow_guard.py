@@ -1,8 +1,11 @@
-"""Refuses compressed buffers in an Arrow stream before pyarrow would inflate them.
+"""Refuses what in an Arrow stream would grow, before pyarrow reads it: compressed buffers, dictionaries sent again.
 
 A stream of ours is never compressed. One that is can hold a buffer that inflates some 30,000-fold (a zstd run of
 zeros), and pyarrow has no limit for it; so the one field that says so is looked up by hand in each message's flatbuffer
 (`Message.fbs`: Message.header, a RecordBatch or the data of a DictionaryBatch; RecordBatch.compression).
+
+A dictionary may be sent again, or with a few entries more, before each batch of rows; pyarrow then keeps all of it for
+every batch. So there are as many dictionaries as columns that have one, and few batches.
 """
 
 from __future__ import annotations
@@ -14,16 +17,27 @@ import pyarrow as pa
 _MESSAGE_HEADER_TYPE, _MESSAGE_HEADER = 1, 2
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 _DICTIONARY_DATA, _BATCH_COMPRESSION = 1, 3
+# Rows are written in one, but for columns of gigabytes. Each refers to whole dictionaries, which are checked each time.
+MAX_BATCHES = 64
 
 
-def refuse_compressed(stream: bytes) -> None:
-    """Raise ValueError if a message of the Arrow IPC `stream` has compressed buffers, or can't be read at all."""
+def refuse_growing(stream: bytes, num_dictionaries: int) -> None:
+    """Raise ValueError if reading the Arrow IPC `stream` takes more than it is long, or a message can't be read.
+
+    Args:
+        num_dictionaries: Columns that have one.
+    """
     reader = pa.MessageReader.open_stream(stream)
+    left = {"dictionary": num_dictionaries, "record batch": MAX_BATCHES}
     while True:
         try:
             message = reader.read_next_message()
         except StopIteration:
             return
+        if message.type in left:
+            left[message.type] -= 1
+            if left[message.type] < 0:
+                raise ValueError(f"it has more than one dictionary for a column, or more than {MAX_BATCHES} batches")
         metadata = message.metadata.to_pybytes()
         try:
             if _is_compressed(metadata):

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_stateful.errors import HostileCheckpoint
-from ray_stateful.format.arrow_guard import refuse_compressed
+from ray_stateful.format.arrow_guard import refuse_growing
 from ray_stateful.format.checksums import CHECKSUM_BYTES, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, num_blocks
 from ray_stateful.format.chunks import Box
 from ray_stateful.format.dtypes import ITEM_BYTES
@@ -204,7 +204,7 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
         HostileCheckpoint: the file is not an index, or a row asks for something outside of the checkpoint's files.
     """
     try:
-        refuse_compressed(data)
+        refuse_growing(data, sum(field.type == _NAME for field in SCHEMA))
         with pa.ipc.open_stream(data) as reader:
             if not reader.schema.equals(SCHEMA, check_metadata=True):
                 raise HostileCheckpoint(where, f"its columns are not those of format 1: {reader.schema.names}")
@@ -262,9 +262,15 @@ def _has_nulls(column: pa.ChunkedArray) -> bool:
 def _values_of(column: pa.ChunkedArray) -> list[Any]:
     """A column as Python objects; an entry of a dictionary is one object, however often it is referred to."""
     found: list[Any] = []
+    entries: list[Any] = []
+    entries_of: Any = None
     for part in column.chunks:
         if isinstance(part, pa.DictionaryArray):
-            entries = part.dictionary.to_pylist()
+            known = part.dictionary
+            place = [len(known), known.offset, *(buffer and buffer.address for buffer in known.buffers())]
+            if place != entries_of:
+                # Once, and not for each batch that refers to it.
+                entries, entries_of = known.to_pylist(), place
             found += [None if at is None else entries[at] for at in part.indices.to_pylist()]
         else:
             found += part.to_pylist()

@@ -87,6 +87,7 @@ def attempt(attack: Attack, original: Path, run: Path) -> dict[str, Any]:
         "error": None if error is None else type(error).__name__,
         "ours": isinstance(error, CheckpointError),
         "text": str(error)[:600],
+        "commands_the_terminal": "\x1b" in str(error),
         "ran": workshop.canary.exists(),
         "untouched": victim.is_untouched(state),
         "seconds": seconds,

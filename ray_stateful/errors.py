@@ -25,6 +25,8 @@ take positional arguments, and leave `args` alone by overriding `__str__` instea
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "CheckpointError",
     "DamagedCheckpoint",
@@ -45,8 +47,17 @@ __all__ = [
 ]
 
 
+# What moves the cursor, colours the screen, or turns the direction of what follows; and halves of characters.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` with what would be an instruction to a terminal shown as text; names in a checkpoint are a stranger's."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def _per_rank(causes: dict[int, str]) -> str:
-    return "\n".join(f"  rank {rank}: {cause}" for rank, cause in sorted(causes.items()))
+    return printable("\n".join(f"  rank {rank}: {cause}" for rank, cause in sorted(causes.items())))
 
 
 class CheckpointError(Exception):
@@ -104,7 +115,8 @@ class StateMismatch(RestoreFailed):
     def __str__(self) -> str:
         lines = "\n".join(f"  {problem}" for problem in self.problems)
         count = len(self.problems)
-        return f"{count} entries of the state do not fit checkpoint {self.path!r}; nothing of it was loaded:\n{lines}"
+        fit = f"{count} entries of the state do not fit checkpoint {self.path!r}; nothing of it was loaded"
+        return printable(f"{fit}:\n{lines}")
 
 
 class ResizeRefused(RestoreFailed):
@@ -131,7 +143,7 @@ class NoIntactCheckpoint(RestoreFailed):
         self.run, self.rejected = run, rejected
 
     def __str__(self) -> str:
-        lines = "\n".join(f"  {name}: {why}" for name, why in self.rejected.items())
+        lines = printable("\n".join(f"  {name}: {why}" for name, why in self.rejected.items()))
         return (
             f"run {self.run!r} has {len(self.rejected)} checkpoint(s) and none is intact:\n{lines}\n"
             "tensors may hold what was read before the damage was found: build the state anew before you go on; "
@@ -150,7 +162,7 @@ class NoInitialWeights(RestoreFailed):
 
     def __str__(self) -> str:
         return (
-            f"initial weights {self.where!r} can't be used: {self.why}\n"
+            f"initial weights {self.where!r} can't be used: {printable(self.why)}\n"
             "the model may hold a part of them: build the state anew before you go on, and name other weights or none"
         )
 
@@ -165,7 +177,7 @@ class DamagedCheckpoint(CheckpointError):
         self.path, self.found = path, found
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.found}"
+        return printable(f"{self.path}: {self.found}")
 
 
 class UnknownFormat(DamagedCheckpoint):
@@ -183,7 +195,7 @@ class UnsupportedState(CheckpointError):
         self.key, self.found, self.what_to_do = key, found, what_to_do
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.found} can't be stored in a checkpoint: {self.what_to_do}"
+        return printable(f"{self.key}: {self.found} can't be stored in a checkpoint: {self.what_to_do}")
 
 
 class StorageError(CheckpointError):

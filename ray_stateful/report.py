@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray_stateful.errors import printable
 from ray_stateful.format import layout
 from ray_stateful.storage.reading import ReadStatistics
 
@@ -19,7 +20,7 @@ class PartReport:
     details: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "; ".join((f"  {self.name:<10} {self.outcome:<10}", *self.details)).replace("; ", " ", 1)
+        return printable("; ".join((f"  {self.name:<10} {self.outcome:<10}", *self.details)).replace("; ", " ", 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,7 @@ class ResumeReport:
             lines.append(f"  that costs {self.steps_lost:,} steps, which will be trained again")
         lines += [str(part) for part in self.parts]
         lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,6 +51,7 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(outcomes, name):
     assert outcome["error"] in REFUSALS, f"{ATTACKS[name].tries}\n{outcome}"
     assert outcome["commands"] == []
     assert not outcome["ran"]
+    assert not outcome["commands_the_terminal"]
     assert outcome["untouched"] or ATTACKS[name].late
     assert outcome["seconds"] < 20
     assert outcome["memory_bytes"] < MAX_MEMORY_BYTES // 2

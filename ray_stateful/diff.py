@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ray_stateful import slabs
+from ray_stateful.errors import UnsupportedState
+from ray_stateful.format import values
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.reader import value_of
@@ -70,9 +73,9 @@ def diff(
     described = {key: (_describe(first, key), _describe(second, key)) for key in shared}
     same = [key for key in shared if described[key][0] == described[key][1]]
     tensors = [key for key in same if first.chunks[key][0].dtype is not None]
-    values = [key for key in same if first.chunks[key][0].dtype is None]
+    not_tensors = [key for key in same if first.chunks[key][0].dtype is None]
     different_values = tuple(
-        key for key in values if not _same_value(first_storage, first, second_storage, second, key)
+        key for key in not_tensors if not _same_value(first_storage, first, second_storage, second, key)
     )
     found: dict[str, _Running] = {}
     # Of one and the same checkpoint both lists are cut alike; a foreign one has larger slabs, and decides for both.
@@ -116,9 +119,9 @@ class _Running:
         relative = torch.where(absolute == 0, 0.0, absolute / largest)
         # NaN in both, with other bits, is the same to whoever computes with it.
         both_nan = a.isnan() & b.isnan()
-        for name, values in (("_absolute", absolute), ("_relative", relative)):
-            values = values.masked_fill(both_nan, 0.0).nan_to_num(nan=float("inf"), posinf=float("inf"))
-            setattr(self, name, max(getattr(self, name), float(values.max())))
+        for name, found in (("_absolute", absolute), ("_relative", relative)):
+            found = found.masked_fill(both_nan, 0.0).nan_to_num(nan=float("inf"), posinf=float("inf"))
+            setattr(self, name, max(getattr(self, name), float(found.max())))
 
     def result(self, key: str) -> TensorDifference:
         return TensorDifference(
@@ -150,4 +153,12 @@ def _same_value(
     if one.value is not None and other.value is not None:
         return one.value == other.value
     a, b = value_of(first_storage, first.path, one), value_of(second_storage, second.path, other)
-    return type(a) is type(b) and repr(a) == repr(b)
+    return type(a) is type(b) and _comparable(a, key) == _comparable(b, key)
+
+
+def _comparable(value: Any, key: str) -> str:
+    # What torch and numpy print of a large tensor leaves out most of it.
+    try:
+        return values.encode(value, key)
+    except UnsupportedState:
+        return repr(value)

@@ -210,11 +210,13 @@ def weight_of(opened: OpenCheckpoint, name: str, key: str, dtype: str | None, *,
     """The tensor at `key` as it will be written under `name`, floating-point elements as `dtype`.
 
     Raises:
-        ValueError: safetensors files do not have its dtype, and not `any_dtype`.
+        ValueError: safetensors files do not have its dtype, or such a name, and not `any_dtype`.
     """
     stored = opened.chunks[key][0]
     assert stored.dtype is not None
     found = dtype if dtype is not None and getattr(torch, stored.dtype).is_floating_point else stored.dtype
+    if name == hf_layout.METADATA and not any_dtype:
+        raise ValueError(f"{key} would be {name!r} in a safetensors file, which is no tensor there; leave it out")
     if found not in hf_layout.DTYPES and not any_dtype:
         raise ValueError(f"{name} is of dtype {found}, which safetensors files do not have; leave it out or cast it")
     if found not in ITEM_BYTES:

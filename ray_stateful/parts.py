@@ -6,7 +6,7 @@ rank part has an entry of its own for each rank; any other gets back what was sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -83,11 +83,13 @@ def rebuild(
     nested: Any = None
     tensors: dict[str, torch.Tensor] = {}
     trees = {row.path: row for row in opened.trees.values() if row.path[: len(prefix)] == prefix}
+    # Compared as text: DCP's own paths have "1" where the tree has the int.
+    below = {tuple(map(str, path)) for path in trees}
     for path, row in trees.items():
         nested = put(nested, path[len(prefix) :], tree_value(opened, row))
     for key, chunks in sorted(opened.chunks.items(), key=lambda entry: _order(entry[1][0].path)):
         path = chunks[0].path
-        if path[: len(prefix)] != prefix or _below_a_tree(path, trees):
+        if path[: len(prefix)] != prefix or _is_below(path, below):
             continue
         if chunks[0].dtype is None:
             nested = put(nested, path[len(prefix) :], stored[key])
@@ -122,9 +124,10 @@ def _of_part(part: Any, rank: int) -> Any:
     return PerRank({layout.rank_key(rank): value}) if isinstance(part, RankPart) else value
 
 
-def _below_a_tree(path: KeyPath, trees: Mapping[KeyPath, StoredChunk]) -> bool:
-    # Compared as text: DCP's own paths have "1" where the tree has the int.
-    return any(tuple(map(str, path[: len(tree)])) == tuple(map(str, tree)) for tree in trees)
+def _is_below(path: KeyPath, trees: Set[tuple[str, ...]]) -> bool:
+    # Looked up and not compared with each: there may be as many trees as entries.
+    text = tuple(map(str, path)) if trees else ()
+    return any(text[:length] in trees for length in range(len(text) + 1))
 
 
 def _order(path: KeyPath) -> list[tuple[bool, Any]]:

@@ -68,9 +68,10 @@ def _shares(chunks: tuple[StoredChunk, ...], num_workers: int, saved: int) -> It
     for chunk in chunks:
         if chunk.box.num_elements == 0:
             continue
-        if isinstance(owner, str) and saved == num_workers:
-            # A value of one worker goes back to that worker.
-            yield chunk, int(owner.removeprefix("rank_")), chunk.box
+        rank_of = int(owner.removeprefix("rank_")) if isinstance(owner, str) else num_workers
+        if saved == num_workers and rank_of < num_workers:
+            # A value of one worker goes back to that worker; that of a worker there never was is a name like any other.
+            yield chunk, rank_of, chunk.box
         elif owner is not None or not shape:
             yield from ((chunk, rank, chunk.box) for rank in range(num_workers))
         else:

@@ -13,11 +13,13 @@ from typing import Any
 
 import click
 
+MAX_CELL_LENGTH = 512
+
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 # What moves the cursor, colours the screen, or turns the direction of what follows; and halves of characters.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -62,7 +64,8 @@ def age(since_s: float | None, now_s: float | None = None) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """Print columns, wide enough for what is in them; those at `right` are numbers, and end together."""
-    lines = [list(header), *map(list, rows)]
+    # A key may be a megabyte, and all lines are as wide as the widest.
+    lines = [list(header), *([_shortened(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
         cells = [
@@ -70,6 +73,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         say("  ".join(cells).rstrip())
+
+
+def _shortened(cell: str) -> str:
+    half = MAX_CELL_LENGTH // 2
+    return cell if len(cell) <= MAX_CELL_LENGTH else f"{cell[:half]}...{cell[-half:]}"
 
 
 class Meter:

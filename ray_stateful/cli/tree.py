@@ -12,6 +12,7 @@ from ray_stateful.format.index import StoredChunk
 from ray_stateful.storage.opening import OpenCheckpoint
 
 MAX_VALUE_LENGTH = 60
+MAX_TREE_DEPTH = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,4 +155,8 @@ def _writer(file: str) -> int | None:
 
 def _steps(one: Summary) -> list[str]:
     # Names of parameters are one step with dots in it: they make the tree.
-    return [part for step in one.path for part in str(step).split(".")]
+    steps = [part for step in one.path for part in str(step).split(".")]
+    # A name of a million dots would be as deep a tree, of whose every level all those above are kept.
+    return (
+        steps if len(steps) <= MAX_TREE_DEPTH else [*steps[: MAX_TREE_DEPTH - 1], ".".join(steps[MAX_TREE_DEPTH - 1 :])]
+    )

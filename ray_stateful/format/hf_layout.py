@@ -23,6 +23,9 @@ ADAPTER = "adapter_model"
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 
+# An entry of a header that is no tensor.
+METADATA = "__metadata__"
+
 # The library's own limit.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 64
@@ -91,7 +94,7 @@ def spread(weights: Sequence[Weight], max_file_bytes: int, stem: str = WEIGHTS) 
 def header(weights: Sequence[Weight]) -> bytes:
     """What stands before the bytes of `weights`, in this order and without gaps."""
     # Without this entry `transformers` refuses the file.
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {METADATA: {"format": "pt"}}
     offset = 0
     for weight in weights:
         entries[weight.name] = {
@@ -126,7 +129,7 @@ def parse_header(text: bytes, file_bytes: int, where: str) -> list[Weight]:
     try:
         entries = strict_json(text)
         weights = [
-            (_weight(name, entry), *entry["data_offsets"]) for name, entry in entries.items() if name != "__metadata__"
+            (_weight(name, entry), *entry["data_offsets"]) for name, entry in entries.items() if name != METADATA
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HostileCheckpoint(where, f"its header can't be read: {type(error).__name__}: {error}") from error

@@ -333,6 +333,49 @@ def test_what_a_key_tells_the_terminal_is_shown_and_not_obeyed(tmp_path):
     assert "\x1b" not in missing.stderr
 
 
+def test_a_key_of_a_megabyte_does_not_make_every_line_as_long(tmp_path):
+    uri = save(tmp_path, 1, {"k" * 1_000_000: 1, "tensor": torch.ones(2), **{f"key_{n}": n for n in range(300)}})
+
+    # Padded to the longest, these lines would be 300 MB.
+    assert len(run("inspect", uri).stdout) < 1_000_000
+
+
+def test_a_name_of_a_hundred_thousand_dots_is_no_tree_as_deep(tmp_path):
+    uri = save(tmp_path, 1, {"a." * 100_000 + "a": torch.ones(2)})
+
+    said = run("inspect", uri, "--tree")
+    # All beginnings of it together would take 40 GB, and the indentation 10 GB.
+    assert said.exit_code == 0
+    assert len(said.stdout) < 1_000_000
+
+
+def test_plan_knows_no_worker_beyond_those_that_there_are(tmp_path):
+    uri = save(tmp_path, 1, {"rank_7": {"tensor": torch.ones(2)}})
+
+    (cost,) = run_json("plan", uri, "--workers", "1")["ranks"]
+    assert cost["bytes_wanted"] >= 8
+
+
+def test_diff_of_plain_directories_sees_all_of_a_tensor_in_a_tuple(tmp_path):
+    for name, changed in (("a", 0.0), ("b", 1.0)):
+        tensor = torch.zeros(5000)
+        tensor[2500] = changed
+        # What is printed of it are its ends.
+        dcp.save({"value": (tensor,)}, checkpoint_id=tmp_path / name)
+
+    assert run_json("diff", tmp_path / "a", tmp_path / "b", exit_code=1)["values"] == ["value"]
+    assert run_json("diff", tmp_path / "a", tmp_path / "a")["values"] == []
+
+
+def test_a_tensor_whose_name_is_none_in_safetensors_is_not_exported(tmp_path):
+    uri = save(tmp_path / "run", 1, {"__metadata__": torch.ones(2), "weight": torch.ones(2)})
+    refused = run("export", uri, tmp_path / "out", "--format", "safetensors")
+
+    assert refused.exit_code == 2
+    assert "'__metadata__'" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_finds_a_value_that_no_restore_would_take(tmp_path):
     path = Path(save(tmp_path, 3))
     Workshop(path).row("progress.step", value='{"$unknown": 1}')

@@ -84,6 +84,9 @@ class LocalStorage:
 
     def delete(self, path: str) -> None:
         where = self._os_path(normalised(path, to_delete=True))
+        if os.path.islink(where):
+            # Before anything in it is: what it leads to may be anywhere.
+            raise OSError(errno.ELOOP, "is a link, which is not deleted", path)
         # Without its manifest, what an interrupted deletion leaves is no checkpoint.
         with suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(os.path.join(where, layout.MANIFEST))

@@ -14,6 +14,7 @@ import pyarrow.fs
 import pytest
 
 from ray_stateful.errors import StorageError
+from ray_stateful.format import layout
 from ray_stateful.storage.local import ASIDE_PREFIX
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.uris import resolve
@@ -141,6 +142,16 @@ def test_deleting_follows_no_link_out_of_the_directory(local, tmp_path):
 
     assert (tmp_path / "outside" / "kept").exists()
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_link_is_not_deleted_nor_anything_behind_it(local, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / layout.MANIFEST).write_bytes(b"x")
+    (tmp_path / "checkpoint").symlink_to(tmp_path / "outside")
+
+    with pytest.raises(OSError, match="is a link"):
+        local.delete("checkpoint")
+    assert (tmp_path / "outside" / layout.MANIFEST).exists()
 
 
 def test_a_leading_slash_does_not_lead_out_of_a_subtree(local, tmp_path):

@@ -18,6 +18,13 @@ CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 20.0
 
 
+# Of queries. pyarrow knows a few of them and refuses the others, in an error with the URI in it.
+_SECRETS = (
+    "access_key|access_key_id|access_token|account_key|aws_access_key_id|aws_secret_access_key|client_secret|password"
+    "|sas_token|secret_access_key|secret_key|session_token|sig|token"
+)
+
+
 def resolve(uri: str) -> tuple[RetryingStorage, str]:
     """The storage of `uri`, with retries and deadlines, and the path on it.
 
@@ -82,9 +89,12 @@ def without_credentials(uri: str) -> str:
 
     They stand before the host, or in the query of an Azure URI.
     """
-    # "container@account", without a colon, is where an Azure blob is.
-    uri = re.sub(r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^/?#:@\s]*:[^/?#\s]*@", r"\1", uri)
-    return re.sub(r"([?&](?:client_secret|sig)=)[^&#\s]*", r"\1***", uri)
+    # "container@account", without a colon, is where an Azure blob is; and what is a number after the colon is a port. A
+    # secret may have a slash in it: then the URI can't be read, and the error says which it was.
+    uri = re.sub(
+        r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^/?#:@\s]*:(?![0-9]+(?:[/?#\s]|$))(?:[^/?#\s]*@|[^?#\s]*@)", r"\1", uri
+    )
+    return re.sub(rf"([?&](?:{_SECRETS})=)[^&#\s]*", r"\1***", uri, flags=re.IGNORECASE)
 
 
 def below(uri: str, name: str) -> str:

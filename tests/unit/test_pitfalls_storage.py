@@ -133,6 +133,9 @@ def test_a_secret_key_is_neither_in_a_checkpoint_nor_in_reports_logs_and_errors(
     [
         ("s3://key:secret@bucket/runs?region=x", "s3://bucket/runs?region=x"),
         ("s3://key:se%2Fcret@bucket", "s3://bucket"),
+        ("s3://key:se/cret@bucket/runs", "s3://bucket/runs"),
+        ("s3://bucket/runs?access_key=abc&secret_key=def#", "s3://bucket/runs?access_key=***&secret_key=***#"),
+        ("http://host:9000/a@b", "http://host:9000/a@b"),
         ("s3://bucket/a@b", "s3://bucket/a@b"),
         ("/data/key:secret@x", "/data/key:secret@x"),
         ("abfs://c@a.x/d?client_secret=abc&tenant_id=t", "abfs://c@a.x/d?client_secret=***&tenant_id=t"),

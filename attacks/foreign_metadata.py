@@ -275,6 +275,7 @@ def values_in_one_place(workshop):
         for number in range(1000):
             metadata.state_dict_metadata[f"thing.name_{number}"] = entry
             metadata.storage_data[dcp.MetadataIndex(f"thing.name_{number}")] = info
+            metadata.planner_data[f"thing.name_{number}"] = ("thing", f"name_{number}")
 
     change(workshop, repeat)
 

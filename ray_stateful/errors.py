@@ -25,7 +25,7 @@ take positional arguments, and leave `args` alone by overriding `__str__` instea
 
 from __future__ import annotations
 
-import re
+from ray_stateful.printable import printable
 
 __all__ = [
     "CheckpointError",
@@ -45,15 +45,6 @@ __all__ = [
     "UnknownFormat",
     "UnsupportedState",
 ]
-
-
-# What moves the cursor, colours the screen, or turns the direction of what follows; and halves of characters.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """`text` with what would be an instruction to a terminal shown as text; names in a checkpoint are a stranger's."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _per_rank(causes: dict[int, str]) -> str:

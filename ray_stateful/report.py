@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_stateful.errors import printable
 from ray_stateful.format import layout
+from ray_stateful.printable import printable
 from ray_stateful.storage.reading import ReadStatistics
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,18 +12,16 @@ from typing import Any
 
 import click
 
+from ray_stateful.printable import printable
+
 MAX_CELL_LENGTH = 512
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
-# What moves the cursor, colours the screen, or turns the direction of what follows; and halves of characters.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
 def say(text: str, *, err: bool = False) -> None:
     """Print a line. Keys and values are a stranger's: what would be an instruction to the terminal is shown as text."""
-    click.echo(_UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text), err=err)
+    click.echo(printable(text, keep=""), err=err)
 
 
 def as_json(value: Any) -> None:

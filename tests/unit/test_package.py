@@ -34,6 +34,7 @@ LAYERS = [
     {"storage"},
     {"format", "ranks"},
     {"errors"},
+    {"printable"},
 ]
 
 

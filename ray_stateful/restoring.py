@@ -26,7 +26,7 @@ from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.reader import read_requests, requests_of
 from ray_stateful.storage.reading import ReadStatistics, Request
-from ray_stateful.storage.structure import is_whole
+from ray_stateful.storage.structure import copy_containers, is_whole
 from ray_stateful.storage.uris import located
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,9 @@ def _match(
     touched: Set[str],
 ) -> dict[str, Filled]:
     outcome = Outcome()
-    template = parts.collect(state, ranks.rank, outcome)
+    # A part may hand out the dicts it lives by, and torch's planner puts None for what it does not know (bytes, sets,
+    # numpy values) into those it is given.
+    template = copy_containers(parts.collect(state, ranks.rank, outcome))
     planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
     with outcome.catch():
         _refuse_without_memory(template)

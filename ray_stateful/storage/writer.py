@@ -8,6 +8,7 @@ storage_writer=CheckpointWriter(uri))` as well.
 from __future__ import annotations
 
 import io
+import math
 import os
 import posixpath
 from collections.abc import Iterator
@@ -175,6 +176,9 @@ class _ItemFile:
         assert item.tensor_data is not None
         tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         sizes = tuple(item.tensor_data.chunk.sizes)
+        if tensor.numel() == 0 == math.prod(sizes):
+            # Of rows without elements FSDP2 keeps none, and plans them all the same.
+            tensor = tensor.reshape(sizes)
         if tuple(tensor.shape) != sizes:
             raise ValueError(f"{item.index.fqn}: planned a chunk of sizes {sizes}, found one of {tuple(tensor.shape)}")
         header, trailer = envelope(tensor.dtype, sizes)

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ray_stateful.errors import UnsupportedState
 from ray_stateful.wrappers.model_keys import EXTRA_STATE, tied_head
 from ray_stateful.wrappers.sharded_tensors import as_dtensor, into_sharded
 from ray_stateful.wrappers.shards import whole
@@ -27,10 +28,26 @@ def stored(key: str, value: Any) -> Any:
 
     Transformer Engine pickles into a tensor whose length changes from version to version. As a tensor it would
     have to be met by one of equal length, and loading it would fail where skipping it is harmless.
+
+    Raises:
+        UnsupportedState: its elements share memory. It could be saved, but nothing can be loaded into it.
     """
+    if type(value) in (torch.Tensor, nn.Parameter) and _repeats_itself(value):
+        raise UnsupportedState(
+            key,
+            f"a view that repeats fewer elements than its shape {tuple(value.shape)} has (expand()), which nothing can "
+            "be loaded into,",
+            "give it memory of its own, with .clone()",
+        )
     if is_extra(key) and isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1:
         return value.detach().cpu().numpy().tobytes()
     return as_dtensor(value)
+
+
+def _repeats_itself(tensor: torch.Tensor) -> bool:
+    if tensor.is_contiguous() or tensor.layout is not torch.strided:
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def check_shapes(own: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]]) -> None:

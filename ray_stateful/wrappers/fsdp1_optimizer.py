@@ -56,6 +56,10 @@ class Fsdp1Optimizer:
             ValueError: parameters of one group bring different hyperparameters.
         """
         self.state_dict()
+        self.check_groups(flat)
+
+    def check_groups(self, flat: Mapping[str, Any]) -> None:
+        """The same of hyperparameters, as of the last `state_dict`. Of this rank alone."""
         for group in self._groups:
             check_hyperparameters(group, flat, frozenset(self._names))
 

@@ -94,6 +94,17 @@ class OptimizerState(StrictPart):
         for note in notes:
             _log.warning("optimizer: %s", note)
 
+    def check_saved(self, saved: dict[str, Any]) -> tuple[str, ...]:
+        """Groups whose parameters bring different hyperparameters; those in tensors are compared when they are read."""
+        flat = optimizer_keys.flatten(saved.get("optim", {}))
+        problems: list[str] = []
+        for optimizer in self._bound:
+            try:
+                optimizer.check_groups(flat)
+            except ValueError as error:
+                problems.append(str(error))
+        return tuple(problems)
+
     def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:
         """Say which missing and unexpected keys are no harm: about the state dict that was last asked for."""
         bound = self._bind()

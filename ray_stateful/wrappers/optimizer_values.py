@@ -98,13 +98,18 @@ class BoundOptimizer:
         lacking: list[tuple[str, torch.Tensor]] = []
         for group, members in self.groups():
             # With dampening, a first momentum is the gradient itself, and a buffer of zeros is not the same as none.
-            # There is no step count to tell them apart by, so such state is only made to be loaded into.
+            # There is no step count to tell them apart by, so such state is only made to be loaded into; a checkpoint
+            # of before the first step has it as well, and there it is known by its negative zeros.
             if started and group.get("dampening"):
                 continue
             lacking += [pair for pair in members if pair[1].requires_grad and not self.optimizer.state.get(pair[1])]
         if not lacking:
             return {}
         made = initial_state(self.optimizer, [parameter for _, parameter in lacking])
+        dampened = {parameter for group, members in self.groups() if group.get("dampening") for _, parameter in members}
+        for (_, parameter), state in zip(lacking, made, strict=True):
+            for value in state.values() if parameter in dampened else ():
+                _local(value).fill_(-0.0)
         return {key: state for (key, _), state in zip(lacking, made, strict=True)}
 
     def _checked(self, key: str, name: str, value: Any, parameter: torch.Tensor) -> Any:
@@ -134,14 +139,18 @@ class BoundOptimizer:
             return value.numel() == 1 and (name == "step" or _is_torchs(self.optimizer))
         return not isinstance(value, float) or name == "step" or _is_torchs(self.optimizer)
 
+    def check_groups(self, flat: Mapping[str, Any]) -> None:
+        """Refuse hyperparameters that differ within a group: `ValueError`."""
+        for _, members in self.groups():
+            check_hyperparameters([key for key, _ in members], flat, self.owned)
+
     def check(self, flat: Mapping[str, Any]) -> None:
         """Refuse `flat` before anything is touched.
 
         Raises:
             ValueError: parameters of one group bring different hyperparameters, or shapes differ.
         """
-        for _, members in self.groups():
-            check_hyperparameters([key for key, _ in members], flat, self.owned)
+        self.check_groups(flat)
         state, _, _ = split(flat, self.owned)
         for key, parameter in self.parameters():
             live = dict(leaves(self.optimizer.state.get(parameter, {})))
@@ -173,8 +182,13 @@ class BoundOptimizer:
     def _load_state(self, given: dict[str, dict[str, Any]]) -> list[str]:
         starting: list[tuple[str, torch.Tensor]] = []
         loaded: list[str] = []
+        dampened = {key for group, members in self.groups() if group.get("dampening") for key, _ in members}
         for key, parameter in self.parameters():
             values = given.get(key, {})
+            if self._is_stand_in(values, key in dampened):
+                # Saved without ever having had a gradient. It goes on as it would have: without state, also where
+                # there is some here. What stands beside the step is as after one: NAdam's mu_product is not 1.
+                values = {}
             live = self.optimizer.state.get(parameter)
             if not values:
                 if not isinstance(self.optimizer, _STARTS_WITH_STATE):
@@ -183,7 +197,6 @@ class BoundOptimizer:
                 self.optimizer.state[parameter] = _merged(live, values)
                 loaded.append(key)
             elif _not_stepped(values):
-                # Saved without ever having had a gradient. It starts as it would have gone on: without state.
                 continue
             elif self._is_offer(key, values):
                 self.optimizer.state[parameter] = nested(values)
@@ -195,6 +208,12 @@ class BoundOptimizer:
             for (key, parameter), state in zip(starting, made, strict=True):
                 self.optimizer.state[parameter] = _merged(state, given[key])
         return loaded + [key for key, _ in starting]
+
+    def _is_stand_in(self, values: Mapping[str, Any], is_dampened: bool) -> bool:
+        """Whether a parameter's state was made by `_templates`, and saved like that."""
+        if isinstance(self.optimizer, _STARTS_WITH_STATE) or not _is_torchs(self.optimizer):
+            return False
+        return _not_stepped(values) or (is_dampened and all(map(_is_negative_zero, values.values())))
 
     def _is_offer(self, key: str, values: Mapping[str, Any]) -> bool:
         offer = self._offered.get(key, {})
@@ -250,6 +269,15 @@ def _is_torchs(optimizer: Optimizer) -> bool:
 
 def _not_stepped(values: Mapping[str, Any]) -> bool:
     return "step" in values and float(values["step"]) == 0
+
+
+def _local(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _is_negative_zero(value: Any) -> bool:
+    local = _local(value)
+    return isinstance(local, torch.Tensor) and bool(((local == 0) & local.signbit()).all())
 
 
 def _merged(live: Mapping[Any, Any], values: Mapping[str, Any], path: str = "") -> dict[Any, Any]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ray_stateful.wrappers.optimizer_keys import some
 
 
 def collect(schedulers: Sequence[Any]) -> dict[str, Any]:
-    """The state of one scheduler as it is, of several under their numbers."""
+    """The state of one scheduler as it is, of several under their numbers; tensors are copies."""
     if len(schedulers) == 1:
-        return dict(schedulers[0].state_dict())
-    return {str(index): scheduler.state_dict() for index, scheduler in enumerate(schedulers)}
+        return dict(_copied(schedulers[0].state_dict()))
+    return {str(index): _copied(scheduler.state_dict()) for index, scheduler in enumerate(schedulers)}
 
 
 def load(schedulers: Sequence[Any], state: Mapping[str, Any]) -> list[str]:
@@ -51,6 +53,19 @@ def describe(schedulers: Sequence[Any]) -> list[str]:
         + (f" at step {step}" if isinstance(step := getattr(scheduler, "last_epoch", None), int) else "")
         for scheduler in schedulers
     ]
+
+
+def _copied(value: Any) -> Any:
+    """`value` with a copy of every tensor in it.
+
+    A learning rate may be a tensor. `SequentialLR` begins with the one of its first scheduler: filled in place, the
+    last of two entries would be both.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def _completed(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,3 +119,21 @@ def test_every_pair_of_sizes_restores_bit_for_bit(saved, restoring):
             assert groups == expected_groups
             assert schedule == expected_schedule
             assert f"written by {size}" in report
+
+
+def rows_of_nothing(path):
+    states = []
+    for _ in range(2):
+        model = nn.Linear(2, 3)
+        model.nothing = nn.Parameter(torch.empty(3, 0))
+        states.append({"model": ModelState(fully_shard(model))})
+    saved, fresh = states
+    checkpoint.save(saved, step=1, run=path)
+    checkpoint.restore(fresh, run=path, verify="full")
+    loaded = fresh["model"].state_dict()
+    return [torch.equal(whole(loaded[key]), whole(value)) for key, value in saved["model"].state_dict().items()]
+
+
+def test_a_sharded_parameter_whose_rows_have_no_elements_does_not_keep_the_others_from_being_saved(tmp_path):
+    # FSDP2 keeps no rows of it, whatever its shape says.
+    assert run_ranks(2, rows_of_nothing, str(tmp_path)) == [[True] * 3] * 2

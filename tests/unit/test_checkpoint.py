@@ -1,6 +1,7 @@
 """One process: what is saved comes back, also through stock tools, also from stock tools."""
 
 import collections
+import copy
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ray_stateful import checkpoint
-from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, UnsupportedState
+from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, StateMismatch, UnsupportedState
 from ray_stateful.format import layout
 from ray_stateful.storage.reader import CheckpointReader
 from ray_stateful.storage.writer import CheckpointWriter
@@ -119,6 +120,17 @@ def test_what_cannot_be_stored_is_refused_by_its_key(tmp_path, value):
 def test_a_part_whose_name_is_no_text_is_refused(tmp_path):
     with pytest.raises(UnsupportedState, match="name"):
         checkpoint.save({"thing\ud800": Part(1)}, step=1, run=str(tmp_path))
+
+
+def test_a_refused_restore_leaves_the_dicts_that_a_part_lives_by_as_they_were(tmp_path):
+    checkpoint.save({"a": Part({"x": 1})}, step=1, run=str(tmp_path))
+    live = mixed()
+    before = copy.deepcopy(live)
+
+    with pytest.raises(StateMismatch, match="no such part"):
+        checkpoint.restore({"a": Part(), "b": Part(live)}, run=str(tmp_path))
+
+    assert_same(live, before)
 
 
 def test_what_will_become_of_each_part_is_said_before_any_is_touched(tmp_path, caplog):

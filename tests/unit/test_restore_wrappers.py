@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ray_stateful import ModelState, OptimizerState, checkpoint
-from ray_stateful.errors import StateMismatch
+from ray_stateful.errors import SaveFailed, StateMismatch
 
 
 class Model(nn.Module):
@@ -132,3 +132,24 @@ def test_a_parameter_that_was_frozen_since_or_before_has_no_state_and_both_are_s
 
     assert torch.equal(model.body.weight, objects[0].body.weight)
     assert "body" in str(report)
+
+
+def test_groups_that_do_not_fit_are_refused_before_the_model_is_loaded(tmp_path):
+    saved, fresh = Model(), Model()
+    first, *rest = saved.parameters()
+    groups = torch.optim.AdamW([{"params": [first], "lr": 0.5}, {"params": rest}])
+    checkpoint.save(state_of(saved, groups), step=1, run=str(tmp_path))
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+
+    with pytest.raises(StateMismatch, match=r"both parameters are in one group here"):
+        checkpoint.restore(state_of(fresh, torch.optim.AdamW(fresh.parameters())), run=str(tmp_path))
+
+    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+
+
+def test_a_buffer_that_repeats_itself_is_refused_when_it_is_saved_not_when_it_is_missed(tmp_path):
+    model = Model()
+    model.register_buffer("mask", torch.ones(1, 3).expand(4, 3))
+
+    with pytest.raises(SaveFailed, match=r"mask: a view that repeats .* \(4, 3\) .*clone\(\)"):
+        checkpoint.save(state_of(model), step=1, run=str(tmp_path))

@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+from ray_stateful import checkpoint
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState
 from tests.ranks.wrapper_models import Tied, assert_same, leaves, train
@@ -268,6 +269,52 @@ def test_a_parameter_of_another_model_is_refused():
     optimizer = torch.optim.SGD(nn.Linear(2, 3).parameters())
     with pytest.raises(ValueError, match=r"parameter 0 of group 0 of SGD, of shape \(3, 2\), is not in the model"):
         OptimizerState(nn.Linear(2, 3), optimizer).state_dict()
+
+
+def warmed_up(optimizer: torch.optim.Optimizer) -> Any:
+    parts = [torch.optim.lr_scheduler.LinearLR(optimizer, 0.1), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [3])
+
+
+def test_learning_rates_in_one_tensor_of_a_fresh_scheduler_come_back_each_as_it_was(tmp_path):
+    objects = []
+    for seed in (1, 2):
+        model = Tied(seed=seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.1), foreach=False)
+        objects.append((model, optimizer, warmed_up(optimizer)))
+    saved, fresh = objects
+    for _ in range(4):
+        train(*saved)
+    checkpoint.save({"o": OptimizerState(*saved)}, step=4, run=str(tmp_path))
+    checkpoint.restore({"o": OptimizerState(*fresh)}, run=str(tmp_path))
+    assert_same(leaves(fresh[2].state_dict()), leaves(saved[2].state_dict()))
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, dampening=0.5),
+        torch.optim.NAdam,
+        torch.optim.Rprop,
+        torch.optim.ASGD,
+    ],
+)
+def test_what_was_saved_before_the_first_step_takes_it_as_if_never_saved(make, stepped, tmp_path):
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer, again = make(saved.parameters()), make(fresh.parameters())
+    if stepped:
+        train(fresh, again)
+    state, after = (
+        {"m": ModelState(model), "o": OptimizerState(model, one)} for model, one in ((saved, optimizer), (fresh, again))
+    )
+    checkpoint.save(state, step=0, run=str(tmp_path))
+    checkpoint.restore(after, run=str(tmp_path))
+    for model, one in ((saved, optimizer), (fresh, again)):
+        train(model, one)
+    assert_same(
+        leaves({n: p.state_dict() for n, p in after.items()}), leaves({n: p.state_dict() for n, p in state.items()})
+    )
 
 
 class Homemade:

@@ -84,10 +84,12 @@ class OptimizerState(StrictPart):
         bound = self._bind()
         for optimizer in bound:
             optimizer.check(flat)
+        has_state = any(names for optimizer in bound for names in optimizer.expected.values())
         loaded = {key for optimizer in bound for key in optimizer.load(flat)}
         trained = {key for optimizer in bound for key in optimizer.trained}
         _log.info("optimizer: loaded the state of %d parameters", len(loaded))
-        fresh = trained - loaded
+        # SGD without momentum has none, here or there.
+        fresh = trained - loaded if loaded or has_state else set()
         notes = [f"{optimizer_keys.some(fresh)} without optimizer state: fresh"] if fresh else []
         notes += schedulers.load(self.scheduler, state_dict.get("sched") or {})
         self.notes = tuple(notes)

@@ -148,6 +148,13 @@ def test_a_parameter_without_a_gradient_has_no_state_before_and_after(tmp_path):
     assert again.state[fresh.scale]["step"] == 3
 
 
+def test_an_optimizer_without_state_is_nothing_to_warn_of():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    state = OptimizerState(fresh, torch.optim.SGD(fresh.parameters()))
+    transfer(snapshot(OptimizerState(saved, torch.optim.SGD(saved.parameters()))), state)
+    assert state.notes == ()
+
+
 def test_a_layer_frozen_before_starts_fresh_with_a_note():
     saved, fresh = Tied(seed=1), Tied(seed=2)
     saved.blocks[0].requires_grad_(False)

@@ -58,19 +58,41 @@ def _wait(what: str, happened: Callable[[], object], timeout_s: float = 120.0) -
     raise TimeoutError(f"{timeout_s:.0f} s without {what}")
 
 
-def _run_alone(example: str, *arguments: str, cwd: Path) -> str:
-    """What an example prints that starts a cluster of its own: nothing but that, no warnings."""
-    ran = subprocess.run(
-        [sys.executable, str(EXAMPLES / example), *arguments],
-        env=_environment(),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=220,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stderr == ""
-    return ran.stdout
+ALONE = {"elastic.py": ["--short"], "preemption.py": []}
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the examples print that start a cluster of their own: nothing but that, no warnings.
+
+    Side by side, as each waits for workers to start most of the time.
+    """
+    where = tmp_path_factory.mktemp("alone")
+    running = {
+        example: subprocess.Popen(
+            [sys.executable, str(EXAMPLES / example), *arguments],
+            env=_environment(),
+            cwd=where,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for example, arguments in ALONE.items()
+    }
+    found = {}
+    try:
+        for example, process in running.items():
+            output, errors = process.communicate(timeout=220)
+            assert process.returncode == 0, output + errors
+            assert errors == ""
+            found[example] = output
+    finally:
+        for process in running.values():
+            # As Ctrl-C does: the example ends what it has started.
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.communicate(timeout=60)
+    return {**found, "picture": str(where / "elastic.png")}
 
 
 @dataclass(frozen=True)
@@ -213,19 +235,18 @@ def test_an_adapter_is_tuned_on_two_workers_and_on_one_and_peft_loads_what_was_s
     assert all(value.any() for value in loaded.values())
 
 
-def test_machines_join_and_are_lost_and_what_is_planned_costs_no_step(tmp_path):
-    picture = tmp_path / "elastic.png"
-    ran = _run_alone("elastic.py", "--short", "--picture", str(picture), cwd=tmp_path)
+def test_machines_join_and_are_lost_and_what_is_planned_costs_no_step(printed):
+    ran = printed["elastic.py"]
 
     assert re.search(r"2 -> 3 workers, machine joins: had trained step (\d+), went on after step \1: 0 steps lost", ran)
     assert "3 -> 2 workers, machine lost" in ran
     assert "0 steps lost to 1 planned change, with ResizeGuard" in ran
     assert "each once per epoch" in ran
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert Path(printed["picture"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_machine_that_is_announced_to_go_costs_no_more_than_what_came_after_the_save_for_it(tmp_path):
-    ran = _run_alone("preemption.py", cwd=tmp_path)
+def test_a_machine_that_is_announced_to_go_costs_no_more_than_what_came_after_the_save_for_it(printed):
+    ran = printed["preemption.py"]
 
     assert re.search(r"saved checkpoint_s\d+_[0-9a-f]{6} \(step \d+\), [0-9.]+ s before the deadline", ran)
     assert "written by 2 workers, now 1" in ran

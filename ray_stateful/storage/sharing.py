@@ -28,8 +28,9 @@ from ray_stateful.storage.reading import Request
 # What is sent at once, and the memory that sending takes.
 _BUCKET_BYTES = 32 << 20
 
-# What a reader reads before it is another one's turn.
-_TURN_BYTES = 1 << 20
+# What has one reader for all, and what a small request counts for in that: each lies somewhere else.
+_TOGETHER_BYTES = 1 << 20
+_LEAST_BYTES = 4 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +41,16 @@ class Group:
     requests: tuple[Request, ...]
 
     def reader_of(self) -> list[int]:
-        """Which rank of the group reads each request: in turn the one with the fewest bytes so far.
+        """Which rank of the group reads each request: the one with the fewest bytes so far.
 
-        Each for a while: what is small altogether has one reader, and is sent once.
+        What is little altogether has one reader, and is sent once.
         """
+        if sum(max(_num_bytes(request), _LEAST_BYTES) for request in self.requests) <= _TOGETHER_BYTES:
+            return [self.ranks[0]] * len(self.requests)
         loads = dict.fromkeys(self.ranks, 0)
-        reader, readers = self.ranks[0], []
+        readers = []
         for request in self.requests:
-            if loads[reader] >= min(loads.values()) + _TURN_BYTES:
-                reader = min(loads, key=lambda rank: (loads[rank], rank))
+            reader = min(loads, key=lambda rank: (loads[rank], rank))
             loads[reader] += _num_bytes(request)
             readers.append(reader)
         return readers

@@ -86,7 +86,7 @@ def begin(model, weights, run, **of_model):
 
 
 def begin_each(weights, half, untied, run):
-    sharing._TURN_BYTES = 1  # or one rank would read all of so small a model, for all
+    sharing._TOGETHER_BYTES = 0  # or one rank would read all of so small a model, for all
     found = [
         begin(fsdp2(Tied(seed=2)), weights, run),
         begin(ddp(Tied(seed=2)), weights, run),

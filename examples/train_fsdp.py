@@ -89,6 +89,7 @@ def train_func(config: dict[str, Any]) -> None:
                     logger.info("step %6d  loss %.4f", step, loss)
                 if step == config["steps"]:
                     break
+                # For the demos: what is done to a run takes Ray seconds, and a fast machine would be done before.
                 time.sleep(max(0.0, began_s + config["pace"] - time.monotonic()))
 
 

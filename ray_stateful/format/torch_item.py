@@ -1,19 +1,21 @@
-"""A tensor as one item of a DCP file: the zip archive that `torch.save` makes, around bytes that we write as they are.
+"""A tensor as one item of a DCP file: the zip archive that `torch.load` reads, around bytes that we write as they are.
 
 `torch.save` costs 0.4 ms a tensor, computes a CRC that `torch.load` never checks, and does not say where in the
 archive the tensor's bytes begin. Here the archive is a `header` and a `trailer` that depend on dtype and shape
 alone: the bytes between them go from the tensor to storage uncopied, and the length of an item is known before it is
-    written.
+written.
 
-The layout is that of PyTorch's `caffe2/serialize/inline_container.cc`: members stored, not deflated, the tensor's
-bytes aligned to 64. The CRC of the tensor's member is left at zero, as torch does itself under
-`torch.utils.serialization.config.save.compute_crc32 = False`; our own checksums are in the index.
+The members are those that `caffe2/serialize/inline_container.cc` and `torch.load` ask for, stored and not deflated. The
+CRC of the tensor's member is left at zero, as torch does itself under
+`torch.utils.serialization.config.save.compute_crc32 = False`; our own checksums are in the index. What torch adds and
+nothing needs is left out: a restore reads along what lies between small tensors, so that it counts.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import struct
 import zlib
 from collections import OrderedDict
@@ -24,14 +26,14 @@ import torch
 
 from ray_stateful.format.chunks import strides_of
 
-_ROOT = "archive"
-_ALIGNMENT = 64
+# Of the archive. Its members' names stand in it twice.
+_ROOT = "t"
 _MEMBER = b"PK\x03\x04"
 _DIRECTORY_ENTRY = b"PK\x01\x02"
 _END_64 = b"PK\x06\x06"
 _END_64_LOCATOR = b"PK\x06\x07"
 _END = b"PK\x05\x06"
-_ZIP64_EXTRA, _PADDING_EXTRA = 0x0001, 0x4246
+_ZIP64_EXTRA = 0x0001
 _UINT32_MAX = 0xFFFF_FFFF
 
 
@@ -39,12 +41,8 @@ _UINT32_MAX = 0xFFFF_FFFF
 def envelope(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
     """What stands before and after the bytes of a contiguous tensor, so that `torch.load` reads the whole."""
     num_bytes = dtype.itemsize * _product(shape)
-    small = {
-        "data.pkl": _data_pickle(dtype, shape, num_bytes),
-        "byteorder": b"little",
-        "version": b"3\n",
-    }
     header, directory = bytearray(), bytearray()
+    small = {"data.pkl": _data_pickle(dtype, shape, num_bytes), "version": b"3\n"}
     for name, content in small.items():
         _add_member(header, directory, name, zlib.crc32(content), len(content))
         header += content
@@ -54,28 +52,27 @@ def envelope(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
 
 
 def _add_member(header: bytearray, directory: bytearray, name: str, crc: int, num_bytes: int) -> None:
-    offset = len(header)
-    path = f"{_ROOT}/{name}".encode()
-    # Always in zip64 form: an embedding's shard may pass 4 GiB, and one form is one path to test.
-    sizes_64 = struct.pack("<HHQQ", _ZIP64_EXTRA, 16, num_bytes, num_bytes)
-    begins = offset + 30 + len(path) + len(sizes_64) + 4
-    padding = -begins % _ALIGNMENT
-    extra = sizes_64 + struct.pack("<HH", _PADDING_EXTRA, padding) + b"Z" * padding
-    fields = (45, 0, 0, 0, 0, crc, _UINT32_MAX, _UINT32_MAX, len(path))
-    header += _MEMBER + struct.pack("<5H3I2H", *fields, len(extra)) + path + extra
-    entry_extra = struct.pack("<HHQQQ", _ZIP64_EXTRA, 24, num_bytes, num_bytes, offset)
-    directory += _DIRECTORY_ENTRY + struct.pack("<6H3I5H2I", 45, *fields, len(entry_extra), 0, 0, 0, 0, _UINT32_MAX)
-    directory += path + entry_extra
+    # The offset is never large: the tensor is the last member.
+    path, offset = f"{_ROOT}/{name}".encode(), len(header)
+    fits = num_bytes < _UINT32_MAX
+    extra = b"" if fits else struct.pack("<HHQQ", _ZIP64_EXTRA, 16, num_bytes, num_bytes)
+    size = num_bytes if fits else _UINT32_MAX
+    fields = struct.pack("<5H3I2H", 45, 0, 0, 0, 0, crc, size, size, len(path), len(extra))
+    header += _MEMBER + fields + path + extra
+    directory += _DIRECTORY_ENTRY + struct.pack("<H", 45) + fields + struct.pack("<3H2I", 0, 0, 0, 0, offset)
+    directory += path + extra
 
 
 def _trailer(directory: bytearray, num_members: int, directory_offset: int) -> bytearray:
-    end_64_offset = directory_offset + len(directory)
     trailer = bytearray(directory)
-    trailer += _END_64 + struct.pack(
-        "<Q2H2I4Q", 44, 45, 45, 0, 0, num_members, num_members, len(directory), directory_offset
-    )
-    trailer += _END_64_LOCATOR + struct.pack("<IQI", 0, end_64_offset, 1)
-    trailer += _END + struct.pack("<4H2IH", 0, 0, num_members, num_members, len(directory), _UINT32_MAX, 0)
+    if directory_offset >= _UINT32_MAX:
+        end_64_offset = directory_offset + len(directory)
+        trailer += _END_64 + struct.pack(
+            "<Q2H2I4Q", 44, 45, 45, 0, 0, num_members, num_members, len(directory), directory_offset
+        )
+        trailer += _END_64_LOCATOR + struct.pack("<IQI", 0, end_64_offset, 1)
+    offset = min(directory_offset, _UINT32_MAX)
+    trailer += _END + struct.pack("<4H2IH", 0, 0, num_members, num_members, len(directory), offset, 0)
     return trailer
 
 
@@ -109,7 +106,8 @@ class _Pickler(pickle.Pickler):
 def _data_pickle(dtype: torch.dtype, shape: tuple[int, ...], num_bytes: int) -> bytes:
     file = io.BytesIO()
     _Pickler(file, dtype, shape, num_bytes).dump(_Tensor())
-    return file.getvalue()
+    # Without the numbers that a pickle gives to what it might come back to.
+    return pickletools.optimize(file.getvalue())
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from ray_stateful import matching, parts
@@ -310,7 +311,8 @@ def _read(
     whole: list[Request] = []
     shards: list[Request] = []
     outcome = Outcome()
-    with outcome.catch():
+    # As when writing: to ask a DTensor for its shard by way of autograd takes several times as long.
+    with outcome.catch(), torch.no_grad():
         for part, contents in filled.items():
             requests[part] = []
             for key, tensor in contents.tensors.items():

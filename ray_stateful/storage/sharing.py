@@ -28,9 +28,9 @@ from ray_stateful.storage.reading import Request
 # What is sent at once, and the memory that sending takes.
 _BUCKET_BYTES = 32 << 20
 
-# What has one reader for all, and what a small request counts for in that: each lies somewhere else.
+# What has one reader for all, and what a small request counts for in that: around each lies an archive.
 _TOGETHER_BYTES = 1 << 20
-_LEAST_BYTES = 4 << 10
+_LEAST_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,10 @@ _MAX_FILES = 10_000
 # Small enough that hashing one part while the filesystem takes another keeps both in cache.
 _PART_BYTES = 4 << 20
 
+# Tensors that are no shards, such as an optimizer's step counters, lie together up to this size: on a restore one rank
+# reads all of them.
+_SMALL_BYTES = 4 << 10
+
 # Handed to the storage together: each call has a deadline, and with it the price of waking a thread.
 _TOGETHER_BYTES = 4 << 20
 
@@ -144,7 +148,9 @@ class CheckpointWriter(StorageWriter):
 
         def stream(sink: DeadlineSink) -> list[WriteResult]:
             file = _ItemFile(name, sink)
-            results = [file.add(item, planner) for item in items]
+            # Of this thread: a DTensor gives its shard by way of autograd otherwise, which takes as long as all else.
+            with torch.no_grad():
+                results = [file.add(item, planner) for item in items]
             file.hand_over()
             whole = WrittenFile(name, StoredFile(size=file.offset, xxh3=file.checksum.hexdigest()))
             return [*results, commit.file_result(whole)]
@@ -174,7 +180,7 @@ class _ItemFile:
 
     def _add_tensor(self, item: WriteItem, tensor: torch.Tensor, planner: SavePlanner) -> StoredChunk:
         assert item.tensor_data is not None
-        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
         sizes = tuple(item.tensor_data.chunk.sizes)
         if tensor.numel() == 0 == math.prod(sizes):
             # Of rows without elements FSDP2 keeps none, and plans them all the same.
@@ -264,7 +270,8 @@ def check_num_files(num_files: int) -> None:
 def distribute(items: list[WriteItem], num_files: int, max_file_bytes: int | None) -> list[list[WriteItem]]:
     """Spread items over files of about equal size: `num_files`, or more where a storage limits the size of one.
 
-    Within a file, values come first and then tensors by key, so that what is restored together lies together.
+    Within a file, values come first, then small tensors that are no shards, and then tensors by key: what is restored
+    together lies together.
     """
     sizes = list(map(item_bytes, items))
     order = sorted(
@@ -288,8 +295,10 @@ def _tensors_of(plan: SavePlan, planner: SavePlanner) -> Iterator[torch.Tensor]:
             yield data
 
 
-def _place(item: WriteItem) -> tuple[bool, str, tuple[int, ...]]:
-    return item.type != WriteItemType.BYTE_IO, item.index.fqn, tuple(item.index.offset or ())
+def _place(item: WriteItem) -> tuple[int, str, tuple[int, ...]]:
+    data = item.tensor_data
+    is_large = data is not None and (data.chunk.sizes != data.size or item_bytes(item) > _SMALL_BYTES)
+    return 0 if data is None else 2 if is_large else 1, item.index.fqn, tuple(item.index.offset or ())
 
 
 def _path_of(item: WriteItem, planner: SavePlanner) -> tuple[str | int, ...]:

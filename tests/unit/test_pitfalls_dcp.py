@@ -16,6 +16,7 @@ import ray_stateful
 from ray_stateful import checkpoint
 from ray_stateful.checkpoint import Saving
 from ray_stateful.errors import DamagedCheckpoint, SaveFailed
+from ray_stateful.format.chunks import Box
 from ray_stateful.format.index import from_bytes, to_bytes
 from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.runs import DirectoryRun
@@ -26,6 +27,7 @@ from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.reader import CheckpointReader, read_requests
 from ray_stateful.storage.reading import Request, read
 from ray_stateful.storage.uris import resolve
+from ray_stateful.storage.writer import DEFAULT_NUM_FILES
 from ray_stateful.testing import Fail, FaultyStorage, Truncate
 
 
@@ -189,10 +191,25 @@ def test_many_small_tensors_take_few_requests(tmp_path):
     assert report.num_bytes > 0
 
 
+def test_the_step_counters_between_large_moments_are_one_request_a_file(tmp_path):
+    kinds = {"exp_avg": torch.ones(50_000), "step": torch.tensor(7.0)}
+    saved(tmp_path, {f"{n:03}.{kind}": value * n for n in range(40) for kind, value in kinds.items()})
+    storage, path = resolve(str(next(tmp_path.glob("checkpoint_s*"))))
+    chunks = opening.parse(opening.fetch(storage, path)).chunks
+    steps = {key: torch.tensor(0.0) for key in chunks if key.endswith("step")}
+    requests = [Request(chunks[key][0], Box((), ()), into) for key, into in steps.items()]
+
+    statistics = read_requests(storage, path, {"part": requests}, None)["part"]
+
+    assert len(requests) == 40
+    assert statistics.num_requests <= DEFAULT_NUM_FILES
+    assert sum(into.item() for into in steps.values()) == 7 * sum(range(40))
+
+
 def test_a_file_that_is_shorter_than_it_was_written_is_not_committed(tmp_path):
     def truncating(inner):
         return FaultyStorage(inner, [Truncate("sink.write", nth=2, keep_bytes=100)])
 
-    with pytest.raises(SaveFailed, match=r"__0_0\.distcp: has 1,196 bytes where rank 0 looks; 21,096 were written"):
+    with pytest.raises(SaveFailed, match=r"__0_0\.distcp: has 559 bytes where rank 0 looks; 20,459 were written"):
         saved(tmp_path, {"t": torch.arange(5000.0)}, truncating)
     assert checkpoint.restore({"part": Part()}, run=str(tmp_path)) is None

@@ -27,6 +27,9 @@ from ray_stateful.storage.paths import as_bytes, checked_range, normalised
 
 _MIB = 1 << 20
 
+# What S3 takes at once; fixed in pyarrow. A larger file is uploaded in parts.
+_PART_BYTES = 10 * _MIB
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traits:
@@ -50,9 +53,9 @@ class Traits:
 
 
 _TRAITS = {
-    # 10,000 parts of 10 MiB, both fixed. Uploads run in the background without a bound on memory, which waiting for
+    # 10,000 parts, a fixed number as well. Uploads run in the background without a bound on memory, which waiting for
     # them now and then gives; a flush does not publish what is written so far.
-    "s3": Traits(max_file_bytes=10_000 * 10 * _MIB, flush_bytes=64 * _MIB, shares_handles=True),
+    "s3": Traits(max_file_bytes=10_000 * _PART_BYTES, flush_bytes=64 * _MIB, shares_handles=True),
     # Each write of 256 KiB or more would be one request, waited for. A directory is listed where an object marks it.
     # The first use of an open file asks for all of it, and drops the answer: once a file, and not once a range.
     "gcs": Traits(max_file_bytes=5 << 40, write_buffer_bytes=8 * _MIB, has_directories=True, shares_handles=True),
@@ -85,6 +88,8 @@ class PyarrowStorage:
         self.max_file_bytes = self._traits.max_file_bytes
         self._handles = Handles(self._open_file)
         self._made_directories: set[str] = set()
+        # Kinds of upload, in parts or not, of which one was looked at and found whole.
+        self.proven: set[bool] = set()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[PyarrowStorage], tuple[pyarrow.fs.FileSystem]]:
@@ -264,10 +269,16 @@ class _StreamSink:
                 raise
             return
         # There are servers that store the trailer of a chunked upload as part of the file, and say that all is well.
+        # They do it every time: to ask after each file is a request that all ranks wait for. What a save has written
+        # is looked at once more, by one listing before its commit.
+        in_parts = self._size > _PART_BYTES
+        if in_parts in self._storage.proven:
+            return
         found = self._storage.size_of(self._path)
         if found != self._size:
             self._storage.discard(self._path)
             raise OSError(errno.EBADMSG, f"wrote {self._size:,} bytes, and the storage has {found or 0:,}", self._path)
+        self._storage.proven.add(in_parts)
 
     def _is_there(self) -> bool:
         try:

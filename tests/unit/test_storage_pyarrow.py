@@ -160,10 +160,25 @@ def test_a_leading_slash_does_not_lead_out_of_a_subtree(local, tmp_path):
     assert (tmp_path / "a" / "file").read_bytes() == b"x"
 
 
-def test_a_small_file_is_one_request_and_a_look_at_its_size(s3, between):
+def test_a_small_file_is_one_request_and_the_size_of_the_first_is_looked_at(s3, between):
     s3.write("bucket/small/file", b"x" * 1000)
+    s3.write("bucket/small/other", b"x" * 1000)
 
-    assert [seen.line for seen in between.requests] == ["PUT /bucket/small/file", "HEAD /bucket/small/file"]
+    assert [seen.line for seen in between.requests] == [
+        "PUT /bucket/small/file",
+        "HEAD /bucket/small/file",
+        "PUT /bucket/small/other",
+    ]
+
+
+def test_the_size_of_the_first_file_in_parts_is_looked_at_also_after_a_small_one(s3, between):
+    s3.write("bucket/parts/small", b"x")
+    for name in ("first", "second"):
+        with s3.open_sink(f"bucket/parts/{name}") as sink:
+            sink.write(bytes((10 << 20) + 1))
+
+    assert between.count("HEAD /bucket/parts/small") == between.count("HEAD /bucket/parts/first") == 1
+    assert between.count("HEAD /bucket/parts/second") == 0
 
 
 def test_ranges_of_one_file_ask_for_its_size_once(s3, between):

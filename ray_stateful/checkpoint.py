@@ -6,7 +6,8 @@ of them, and every wait has a deadline.
 Saving
   1. (all)     agree that this is the same step on every rank
   2. (all)     collect the state dicts; a background save copies the local shards to host buffers, and training goes on
-  3. (rank 0)  names the directory, with an attempt of its own; broadcast; every rank prepares its report
+  3. (rank 0)  names the directory, with an attempt of its own; shared together with what each rank knows of its plan,
+     and with what it has to refuse: its report is prepared by then
   4. (all, rank 0, all)  local plan, global plan, final plan; or the last save's, if all ranks have the same structure
   5. (all)     stream the items to files, with checksums computed on the way
   6. (all)     gather outcomes: one rank's failure is every rank's `SaveFailed`
@@ -43,7 +44,7 @@ from ray_stateful import meters, parts, ray_train, restoring
 from ray_stateful.errors import NoIntactCheckpoint, ReportFailed, SaveFailed, UnevenSteps, UnsupportedState
 from ray_stateful.format.layout import MAX_STEP, CheckpointName
 from ray_stateful.plain_metrics import plain_metrics
-from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks, current_rank
+from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Failure, Outcome, Ranks, current_rank
 from ray_stateful.ray_meters import Sample
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.restoring import Candidate, Rejected
@@ -191,24 +192,22 @@ class Saving:
         outcome, planner, run = self._outcome, self._planner, self._run
         self.clock.begin("plan")
 
-        # 3. A name that no other attempt has: shards of two attempts must never share a directory.
-        attempt = secrets.token_hex(3)
-        ((number,), *_) = ranks.all_gather_ints("name the checkpoint", [int(attempt, 16)])
-        self._name = str(CheckpointName(self._step, f"{number:06x}"))
-        path = posixpath.join(run.path, self._name)
-
-        # 4. Whatever this rank can refuse, it refuses before anything is written.
-        mine = [0, 0, 0]
+        # 3. A name that no other attempt has: shards of two attempts must never share a directory. Whatever this rank
+        # can refuse, it refuses before anything is written.
+        digests = [0, 0, 0]
         with outcome.catch():
             if outcome.error is None:
-                self._prepared = run.prepare_report(self._metrics, self._name)
-                mine = [
-                    structure_digest(planner.describe(), ranks.world_size),
-                    *values_digests(planner.shared_values()),
-                ]
-        everyones = _agree(ranks, path, "plan", outcome, mine)
+                self._prepared = run.prepare_report(self._metrics)
+                structure = structure_digest(planner.describe(), ranks.world_size)
+                digests = [structure, *values_digests(planner.shared_values())]
+        failures, rows = ranks.share("plan", outcome, [secrets.randbits(24), *digests])
+        self._name = str(CheckpointName(self._step, f"{rows[0][0]:06x}"))
+        path = posixpath.join(run.path, self._name)
+        _raise_failures(path, "plan", failures, outcome)
+
+        # 4.
         description = self._describe(ranks)
-        plan, metadata = self._plan(ranks, path, everyones)
+        plan, metadata = self._plan(ranks, path, [of_rank for _, *of_rank in rows])
         planner.let_go()
 
         # 5.
@@ -255,7 +254,7 @@ class Saving:
         self.clock.begin("report")
         outcome = Outcome()
         with outcome.catch():
-            self._run.report(self._prepared)
+            self._run.report(self._prepared, self._name)
         failures = ranks.failures("report", outcome)
         if failures:
             path = posixpath.join(self._run.path, self._name)
@@ -468,9 +467,13 @@ def _agree(ranks: Ranks, path: str, phase: str, outcome: Outcome, facts: Sequenc
         SaveFailed: on every rank.
     """
     failures, everyone = ranks.share(phase, outcome, facts)
-    if failures:
-        raise SaveFailed(path, phase, {rank: f.text for rank, f in failures.items()}) from outcome.error
+    _raise_failures(path, phase, failures, outcome)
     return everyone
+
+
+def _raise_failures(path: str, phase: str, failures: Mapping[int, Failure], outcome: Outcome) -> None:
+    if failures:
+        raise SaveFailed(path, phase, {rank: failure.text for rank, failure in failures.items()}) from outcome.error
 
 
 def _versions() -> dict[str, str]:

@@ -39,14 +39,6 @@ _failed_report: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What `ray.train.report` will be given: plain metrics, and the checkpoint as Ray's own class."""
-
-    metrics: dict[str, Any]
-    checkpoint: Any
-
-
-@dataclass(frozen=True, slots=True)
 class RayRun:
     """The run of this Ray Train worker.
 
@@ -58,18 +50,13 @@ class RayRun:
     uri: str
     filesystem: pyarrow.fs.FileSystem
 
-    def prepare_report(self, metrics: dict[str, Any], name: str) -> Report:
-        import ray.train
-
-        path = posixpath.join(self.path, name)
-        if _failed_report is not None:
-            # Here, where all ranks still agree: later, the others would wait in Ray's barrier for this one.
-            raise ReportFailed(path, {_rank(): f"an earlier report of this worker failed: {_failed_report}"})
+    def prepare_report(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        # Here, where all ranks still agree: later, the others would wait in Ray's barrier for this one.
+        self._refuse_after_failure(self.path)
         # Converted here, where a refusal costs nothing: what Ray can't store ends its controller, and with it the run.
-        plain = plain_metrics(metrics)
-        return Report(plain, ray.train.Checkpoint(path=path, filesystem=self.filesystem))
+        return plain_metrics(metrics)
 
-    def report(self, prepared: Report) -> None:
+    def report(self, prepared: dict[str, Any], name: str) -> None:
         """Tell Ray Train. A barrier at its entry: all ranks call it, or none does.
 
         Raises:
@@ -78,14 +65,13 @@ class RayRun:
         global _failed_report
         import ray.train
 
-        path = prepared.checkpoint.path
-        if _failed_report is not None:
-            raise ReportFailed(path, {_rank(): f"an earlier report of this worker failed: {_failed_report}"})
+        path = posixpath.join(self.path, name)
+        self._refuse_after_failure(path)
         try:
             # NO_UPLOAD: it is there already. The other modes copy it onto itself, and one of them deletes it then.
             ray.train.report(
-                prepared.metrics,
-                checkpoint=prepared.checkpoint,
+                prepared,
+                checkpoint=ray.train.Checkpoint(path=path, filesystem=self.filesystem),
                 checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
                 delete_local_checkpoint_after_upload=False,
             )
@@ -128,6 +114,10 @@ class RayRun:
             StorageError: the snapshot can't be read at this moment; so nothing may be deleted.
         """
         return frozenset(self._snapshot_names())
+
+    def _refuse_after_failure(self, path: str) -> None:
+        if _failed_report is not None:
+            raise ReportFailed(path, {_rank(): f"an earlier report of this worker failed: {_failed_report}"})
 
     def _handed_over(self) -> list[str]:
         import ray.train
@@ -185,13 +175,13 @@ class LocalModeRun(DirectoryRun):
 
     __slots__ = ()
 
-    def prepare_report(self, metrics: dict[str, Any], name: str) -> dict[str, Any]:
-        return {"metrics": plain_metrics(metrics), "path": posixpath.join(self.path, name)}
+    def prepare_report(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        return plain_metrics(metrics)
 
-    def report(self, prepared: dict[str, Any]) -> None:
+    def report(self, prepared: dict[str, Any], name: str) -> None:
         import ray.train
 
-        ray.train.report(prepared["metrics"], checkpoint=ray.train.Checkpoint(prepared["path"]))
+        ray.train.report(prepared, checkpoint=ray.train.Checkpoint(posixpath.join(self.path, name)))
 
 
 def current_run() -> Run | None:

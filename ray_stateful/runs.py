@@ -34,16 +34,16 @@ class Run(Protocol):
     @property
     def uri(self) -> str: ...
 
-    def prepare_report(self, metrics: dict[str, Any], name: str) -> Any:
-        """What `report` will be given, made and checked on every rank before the checkpoint is committed.
+    def prepare_report(self, metrics: dict[str, Any]) -> Any:
+        """What `report` will be given, made and checked on every rank before anything is written.
 
         Raises:
             ValueError: a metric is not a plain JSON value; names it.
         """
         ...
 
-    def report(self, prepared: Any) -> None:
-        """Tell whoever counts checkpoints. Collective: all ranks call it, or none does."""
+    def report(self, prepared: Any, name: str) -> None:
+        """Tell whoever counts checkpoints of the one called `name`. Collective: all ranks call it, or none does."""
         ...
 
     def candidates(self) -> Iterable[str]:
@@ -63,10 +63,10 @@ class DirectoryRun:
     path: str
     uri: str
 
-    def prepare_report(self, metrics: dict[str, Any], name: str) -> dict[str, Any]:
+    def prepare_report(self, metrics: dict[str, Any]) -> dict[str, Any]:
         return metrics
 
-    def report(self, prepared: dict[str, Any]) -> None:
+    def report(self, prepared: dict[str, Any], name: str) -> None:
         """Nobody counts."""
 
     def candidates(self) -> Iterator[str]:

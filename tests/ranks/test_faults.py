@@ -74,15 +74,15 @@ class FailingRun:
     phase: str
     reports: list = field(default_factory=list)
 
-    def prepare_report(self, metrics, name):
+    def prepare_report(self, metrics):
         if self.phase == "prepare report" and dist.get_rank() == self.bad_rank:
             raise ValueError("metric 'loss' is an object")
-        return name
+        return metrics
 
-    def report(self, prepared):
+    def report(self, prepared, name):
         if self.phase == "report" and dist.get_rank() == self.bad_rank:
             raise RuntimeError("the controller is gone")
-        self.reports.append(prepared)
+        self.reports.append(name)
 
     def candidates(self):
         return DirectoryRun(self.storage, self.path, self.uri).candidates()

@@ -121,7 +121,7 @@ def _report_alone(config):
     if rank == 1:
         return None
     Path(run.path, name).mkdir()
-    run.report(run.prepare_report({}, name))
+    run.report(run.prepare_report({}), name)
     return name
 
 

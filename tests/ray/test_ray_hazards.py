@@ -5,6 +5,7 @@ Each naive half is here so that it is noticed when a new Ray no longer does it; 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging.handlers
 import os
@@ -227,7 +228,7 @@ def _ours(config):
         if rank == 0:
             _write_checkpoint(run.path, name)
         metrics = {"loss": np.float32(0.5), "nan": torch.tensor(float("nan")), "nested": {"n": [np.int64(3)]}, "s": "a"}
-        run.report(run.prepare_report(metrics, name))
+        run.report(run.prepare_report(metrics), name)
     assert ray_train.preemption() is None
     return {"uri": run.uri, "names": names}
 
@@ -239,7 +240,7 @@ def _ours_again(config):
     candidates, tracked = run.candidates(), run.tracked()
     # R2, on both ranks: the directory is not this run's.
     with pytest.raises(ReportFailed, match="outside the experiment") as failed:
-        run.report(ray_train.Report({}, Checkpoint("/somewhere/else")))
+        dataclasses.replace(run, path="/somewhere").report({}, "else")
     assert list(failed.value.causes) == [rank]
     done = []
     thread = _starts(lambda: done.append(_refusal(ray_train.current_run())))
@@ -250,7 +251,7 @@ def _ours_again(config):
 
 def _refusal(run):
     try:
-        run.report(run.prepare_report({}, "checkpoint_s0000000099_ffffff"))
+        run.report(run.prepare_report({}), "checkpoint_s0000000099_ffffff")
     except ReportFailed as error:
         return str(error)
     return None

@@ -46,7 +46,7 @@ def _train(config):
         if rank == 0:
             Path(run.path, name).mkdir()
             Path(run.path, name, MANIFEST).write_text("{}")
-        run.report(run.prepare_report({"step": step}, name))
+        run.report(run.prepare_report({"step": step}), name)
         return name
 
     say(start=start)

@@ -53,7 +53,7 @@ class Watching:
 class Noting(DirectoryRun):
     noted = ()
 
-    def prepare_report(self, metrics, name):
+    def prepare_report(self, metrics):
         Noting.noted = (*Noting.noted, metrics)
         return metrics
 

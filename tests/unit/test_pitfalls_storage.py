@@ -84,7 +84,7 @@ def test_a_manifest_that_was_only_begun_is_no_commit(tmp_path, content):
 class WatchfulRun(DirectoryRun):
     """Looks, when it is told of a checkpoint, what an old one could be deleted for."""
 
-    def report(self, prepared):
+    def report(self, prepared, name):
         assert restored_step(self) == 2
 
 

@@ -8,9 +8,9 @@ time, and `PUT /-/latency?ms=30` makes every later request wait that long for it
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
-import mmap
 import os
 import socket
 import subprocess
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, quote, unquote
 from xml.sax.saxutils import escape
 
@@ -35,7 +35,7 @@ ENVIRONMENT = {
     "AWS_SECRET_ACCESS_KEY": "test",
 }
 
-_READ_BYTES = 1 << 20
+_READ_BYTES = 256 << 10
 
 
 class Body:
@@ -48,25 +48,12 @@ class Body:
     def __del__(self) -> None:
         os.close(self._file)
 
-    def receive(self, reader: BinaryIO, size: int) -> None:
-        """Append the next `size` bytes of a connection, straight into the file's pages."""
-        if not size:
-            return
-        os.ftruncate(self._file, self.size + size)
-        start = self.size - self.size % mmap.ALLOCATIONGRANULARITY
-        with (
-            mmap.mmap(self._file, self.size + size - start, offset=start) as pages,
-            memoryview(pages) as whole,
-            whole[self.size - start :] as view,
-        ):
-            done = 0
-            while done < size:
-                with view[done:] as rest:
-                    got = reader.readinto(rest)  # type: ignore[attr-defined]  # a BufferedReader has it
-                if not got:
-                    raise EOFError("the connection was closed in the middle of a body")
-                done += got
-        self.size += size
+    def receive(self, reader: BinaryIO) -> None:
+        """Append all that `reader` has."""
+        # Written, not received into a mapping: that costs a fault for each page, and twice the time.
+        while piece := reader.read(_READ_BYTES):
+            os.write(self._file, piece)
+            self.size += len(piece)
 
     def send(self, to: socket.socket, start: int, stop: int) -> None:
         while start < stop:
@@ -324,35 +311,53 @@ def _read(client: socket.socket, reader: BinaryIO) -> Request | None:
     if headers.get("expect", "").lower() == "100-continue":
         client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
     path, _, query = first[1].partition("?")
+    is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+    whole = _Chunks(reader) if is_chunked else _Limited(reader, int(headers.get("content-length", "0")))
+    content = io.BufferedReader(whole, _READ_BYTES)
+    # Chunks of their own, inside of HTTP's.
+    is_signed = "aws-chunked" in headers.get("content-encoding", "")
     body = Body()
-    if "chunked" in headers.get("transfer-encoding", "").lower():
-        # Unwrapped in memory first: inside the transfer's chunks there may be those of `aws-chunked`.
-        text = b"".join(_chunks(reader))
-        if "aws-chunked" in headers.get("content-encoding", ""):
-            import io
-
-            text = b"".join(_chunks(io.BytesIO(text)))
-        import io
-
-        body.receive(io.BufferedReader(io.BytesIO(text)), len(text))  # type: ignore[arg-type]  # it reads like one
-    elif "aws-chunked" in headers.get("content-encoding", ""):
-        while size := int(reader.readline().split(b";")[0], 16):
-            body.receive(reader, size)
-            reader.readline()
-        while reader.readline().strip():
-            pass
-    else:
-        body.receive(reader, int(headers.get("content-length", "0")))
+    body.receive(io.BufferedReader(_Chunks(content), _READ_BYTES) if is_signed else content)
+    while content.read(_READ_BYTES):
+        pass
     decoded = unquote(path).lstrip("/")
     return Request(first[0], decoded, dict(parse_qsl(query, keep_blank_values=True)), headers, body)
 
 
-def _chunks(reader: BinaryIO) -> Iterator[bytes]:
-    while size := int(reader.readline().split(b";")[0], 16):
-        yield reader.read(size)
-        reader.readline()
-    while reader.readline().strip():
-        pass
+class _Limited(io.RawIOBase):
+    """The next `size` bytes of a stream."""
+
+    def __init__(self, stream: BinaryIO, size: int = 0) -> None:
+        self._stream = stream
+        self._left = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        with memoryview(into) as whole, whole[: self._left] as view:
+            got: int = self._stream.readinto(view) if view.nbytes else 0  # type: ignore[attr-defined]  # it has one
+            if got < view.nbytes:
+                raise EOFError("the connection was closed in the middle of a body")
+        self._left -= got
+        return got
+
+
+class _Chunks(_Limited):
+    """The content of chunks, each with its size in front, up to an empty one and the trailers behind it."""
+
+    _ended = False
+
+    def readinto(self, into: Any) -> int:
+        if not self._left and not self._ended:
+            self._left = int(self._stream.readline().split(b";")[0], 16)
+            self._ended = not self._left
+            while self._ended and self._stream.readline().strip():
+                pass
+        got = super().readinto(into)
+        if got and not self._left:
+            self._stream.readline()
+        return got
 
 
 def main() -> None:

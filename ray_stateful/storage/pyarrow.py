@@ -88,8 +88,8 @@ class PyarrowStorage:
         self.max_file_bytes = self._traits.max_file_bytes
         self._handles = Handles(self._open_file)
         self._made_directories: set[str] = set()
-        # Kinds of upload, in parts or not, of which one was looked at and found whole.
-        self.proven: set[bool] = set()
+        # Kinds of upload, in parts or not, of which a file has been looked at.
+        self._seen: set[bool] = set()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[PyarrowStorage], tuple[pyarrow.fs.FileSystem]]:
@@ -171,6 +171,32 @@ class PyarrowStorage:
         with _os_errors(path):
             info = self.filesystem.get_file_info(path)
         return info.size if info.type == pyarrow.fs.FileType.File else None
+
+    def check_first(self, path: str, size: int) -> None:
+        """Look at the size of file `path`, if it is the first of its kind that was written here.
+
+        There are servers that store the trailer of a chunked upload as part of the file, and say that all is well. They
+        do it every time: to ask after each file is a request that all ranks wait for. What a save has written is looked
+        at once more, by one listing before its commit.
+
+        Raises:
+            OSError: it is not `size` bytes; it is deleted, and the next file is the first again.
+        """
+        in_parts = size > _PART_BYTES
+        with self._lock:
+            if in_parts in self._seen:
+                return
+            self._seen.add(in_parts)
+        found = None
+        try:
+            found = self.size_of(path)
+        finally:
+            if found != size:
+                with self._lock:
+                    self._seen.discard(in_parts)
+        if found != size:
+            self.discard(path)
+            raise OSError(errno.EBADMSG, f"wrote {size:,} bytes, and the storage has {found or 0:,}", path)
 
     def discard(self, path: str) -> None:
         """Delete file `path` as far as that is possible: a damaged one, which nothing refers to."""
@@ -268,17 +294,7 @@ class _StreamSink:
             if not self._is_there():
                 raise
             return
-        # There are servers that store the trailer of a chunked upload as part of the file, and say that all is well.
-        # They do it every time: to ask after each file is a request that all ranks wait for. What a save has written
-        # is looked at once more, by one listing before its commit.
-        in_parts = self._size > _PART_BYTES
-        if in_parts in self._storage.proven:
-            return
-        found = self._storage.size_of(self._path)
-        if found != self._size:
-            self._storage.discard(self._path)
-            raise OSError(errno.EBADMSG, f"wrote {self._size:,} bytes, and the storage has {found or 0:,}", self._path)
-        self._storage.proven.add(in_parts)
+        self._storage.check_first(self._path, self._size)
 
     def _is_there(self) -> bool:
         try:

@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -282,6 +283,23 @@ def demonstrate(plan: Plan, picture: Path, work: Path) -> None:
     screen.say(judge(plan, elastic.attempts(), reference.attempts(), picture))
 
 
+@contextmanager
+def workplace(prefix: str, keep: bool) -> Iterator[Path]:
+    """A directory for a demonstration, gone with it unless it is kept; whose failure ends the process, in one line."""
+    work = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        yield work
+    except DemoFailed as error:
+        sys.exit(f"the demo failed: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    finally:
+        if keep:
+            print(f"kept: {work}")
+        else:
+            shutil.rmtree(work)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where to draw (default: %(default)s)")
@@ -289,18 +307,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep checkpoints, notes and logs, and say where they are")
     options = parser.parse_args()
 
-    work = Path(tempfile.mkdtemp(prefix="ray_stateful_demo_"))
-    try:
+    with workplace("ray_stateful_demo_", options.keep) as work:
         demonstrate(SHORT if options.short else FULL, options.picture, work)
-    except DemoFailed as error:
-        sys.exit(f"the demo failed: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    finally:
-        if options.keep:
-            print(f"kept: {work}")
-        else:
-            shutil.rmtree(work)
 
 
 if __name__ == "__main__":

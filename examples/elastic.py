@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from demo import TOLERANCE, DemoFailed, Plan, Screen, Training
+from demo import TOLERANCE, DemoFailed, Plan, Screen, Training, workplace
 from history import Attempt, data_problems, steps_lost, surviving
 from local_cluster import LocalCluster
 from plot import draw
@@ -257,18 +254,8 @@ def main() -> None:
     options = parser.parse_args()
 
     plan = replace(SHORT if options.short else PLAN, guard=not options.no_guard)
-    work = Path(tempfile.mkdtemp(prefix="ray_stateful_elastic_"))
-    try:
+    with workplace("ray_stateful_elastic_", options.keep) as work:
         demonstrate(plan, options.picture, work)
-    except DemoFailed as error:
-        sys.exit(f"the demo failed: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    finally:
-        if options.keep:
-            print(f"kept: {work}")
-        else:
-            shutil.rmtree(work)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,12 @@ sample twice in an epoch or left one out.
 from __future__ import annotations
 
 import argparse
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo import TOLERANCE, DemoFailed, Plan, Screen, Training
+from demo import TOLERANCE, DemoFailed, Plan, Screen, Training, workplace
 from elastic import ElasticCluster
 from history import Attempt, data_problems, steps_lost, surviving
 
@@ -161,18 +158,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep checkpoints, notes and logs, and say where they are")
     options = parser.parse_args()
 
-    work = Path(tempfile.mkdtemp(prefix="ray_stateful_preemption_"))
-    try:
+    with workplace("ray_stateful_preemption_", options.keep) as work:
         demonstrate(PLAN, work)
-    except DemoFailed as error:
-        sys.exit(f"the demo failed: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    finally:
-        if options.keep:
-            print(f"kept: {work}")
-        else:
-            shutil.rmtree(work)
 
 
 if __name__ == "__main__":

@@ -39,15 +39,16 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ray_stateful import candidates, meters, parts, ray_train, restoring
 from ray_stateful import initial as initial_weights
-from ray_stateful import meters, parts, ray_train, restoring
-from ray_stateful.errors import NoIntactCheckpoint, ReportFailed, SaveFailed, UnevenSteps, UnsupportedState
+from ray_stateful.candidates import Candidate
+from ray_stateful.errors import NoIntactCheckpoint, ReportFailed, SaveFailed, UnevenSteps
 from ray_stateful.format.layout import MAX_STEP, CheckpointName
 from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Failure, Outcome, Ranks, current_rank
 from ray_stateful.ray_meters import Sample
 from ray_stateful.report import ResumeReport, SaveReport
-from ray_stateful.restoring import Candidate, Rejected
+from ray_stateful.restoring import Rejected
 from ray_stateful.runs import Run, within
 from ray_stateful.stopwatch import Stopwatch
 from ray_stateful.storage.commit import Description, places_digest, repeated
@@ -160,10 +161,10 @@ class Saving:
             ValueError: of a step that has no name, or an absurd number of files, on the ranks that gave it.
         """
         self.clock.begin("agree")
-        everyone = _compare_parts(ranks, "agree on the step", self._state, self._outcome, [self._step])
+        everyone = parts.compare(ranks, "agree on the step", self._state, self._outcome, [self._step])
         if len({step for step, _ in everyone}) > 1:
             raise UnevenSteps({rank: step for rank, (step, _) in enumerate(everyone)})
-        _refuse_different_parts(self._state, [names for _, names in everyone])
+        parts.refuse_different(self._state, [names for _, names in everyone])
 
     def collect(self, staging: Staging | None = None) -> None:
         """2.
@@ -373,18 +374,18 @@ def restore(
         if initial is not None:
             initial_weights.check(state, checkpoint)
         run = within(ray_train.find_run(run), timeout_s)
-        source, name = restoring.find(run, checkpoint)
+        source, name = candidates.find(run, checkpoint)
         digests = [initial_weights.digest(initial), initial_weights.digest(checkpoint)]
     ranks = Ranks.of_world(timeout_s)
-    everyone = _compare_parts(ranks, "compare parts", state, outcome, digests)
-    _refuse_different_parts(state, [names for _, _, names in everyone])
+    everyone = parts.compare(ranks, "compare parts", state, outcome, digests)
+    parts.refuse_different(state, [names for _, _, names in everyone])
     initial_weights.refuse_different("initial", initial, [weights for weights, _, _ in everyone])
     initial_weights.refuse_different("checkpoint", checkpoint, [place for _, place, _ in everyone])
     assert not isinstance(run, str | os.PathLike | None)
-    candidates = restoring.candidates(source, name, ranks)
+    found = candidates.newest_first(source, name, ranks)
     rejected: dict[str, str] = {}
     try:
-        report = _restore_newest(state, source, candidates, ranks, limits, verify, initial, rejected)
+        report = _restore_newest(state, source, found, ranks, limits, verify, initial, rejected)
     except Exception:
         meters.tell(run, source.storage, ranks.rank, meters.of_failed_restore(rejected, ranks.rank))
         raise
@@ -402,19 +403,19 @@ def restore(
 def _restore_newest(
     state: Mapping[str, Any],
     run: Run,
-    candidates: Iterable[Candidate],
+    found: Iterable[Candidate],
     ranks: Ranks,
     limits: ReadLimits | None,
     verify: str,
     initial: Any,
     rejected: dict[str, str],
 ) -> ResumeReport | None:
-    """Restore the first of `candidates` that is intact; those before it are added to `rejected`, with the reason.
+    """Restore the first of `found` that is intact; those before it are added to `rejected`, with the reason.
 
     If there are none, the models begin from `initial`; `None` without that.
     """
     touched: set[str] = set()
-    for candidate in candidates:
+    for candidate in found:
         try:
             return restoring.restore_one(state, run, candidate, ranks, limits, verify, rejected, touched)
         except Rejected as error:
@@ -428,36 +429,6 @@ def _restore_newest(
     if initial is None:
         return None
     return initial_weights.load(state, initial, run, ranks, limits, verify)
-
-
-def _compare_parts(
-    ranks: Ranks, phase: str, state: Mapping[str, Any], outcome: Outcome, numbers: Sequence[int]
-) -> list[list[int]]:
-    """Every rank's step (or whichever numbers have to be the same), and the digest of the names of its parts.
-
-    Raises:
-        UnsupportedState: on every rank, if one of them has no state to speak of. There, whatever is in `outcome`.
-    """
-    refused = outcome.error is not None
-    # An integer of 64 bits: a step that has none is among what was refused.
-    mine = [1, *([0] * len(numbers)), 0] if refused else [0, *numbers, parts.names_digest(state)]
-    everyone = ranks.all_gather_ints(phase, mine)
-    if outcome.error is not None:
-        raise outcome.error
-    others = [rank for rank, (bad, *_) in enumerate(everyone) if bad]
-    if others:
-        raise UnsupportedState("the state", f"what ranks {others} gave", "their own errors say why")
-    return [row[1:] for row in everyone]
-
-
-def _refuse_different_parts(state: Mapping[str, Any], digests: Sequence[int]) -> None:
-    others = sorted(rank for rank, digest in enumerate(digests) if digest != digests[0])
-    if others:
-        raise UnsupportedState(
-            "the state",
-            f"a dict whose parts (here {', '.join(sorted(state))}) are others on rank 0 than on ranks {others}",
-            "give every rank the same names",
-        )
 
 
 def _agree(ranks: Ranks, path: str, phase: str, outcome: Outcome, facts: Sequence[int] = ()) -> list[list[int]]:

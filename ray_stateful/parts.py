@@ -6,7 +6,7 @@ rank part has an entry of its own for each rank; any other gets back what was sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ray_stateful.errors import UnsupportedState
 from ray_stateful.format import layout, values
 from ray_stateful.format.checksums import checksum
 from ray_stateful.format.index import KeyPath, StoredChunk
-from ray_stateful.ranks import Outcome
+from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.states.part import RankPart
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.structure import PerRank, put
@@ -57,9 +57,32 @@ def collect(state: State, rank: int, outcome: Outcome) -> dict[str, Any]:
     return collected
 
 
-def names_digest(state: State) -> int:
-    """63 bits of the names of the parts, to be compared between ranks."""
-    return int(checksum("\n".join(sorted(state)).encode()), 16) >> 1
+def compare(ranks: Ranks, phase: str, state: State, outcome: Outcome, numbers: Sequence[int]) -> list[list[int]]:
+    """Every rank's step (or whichever numbers have to be the same), and the digest of the names of its parts.
+
+    Raises:
+        UnsupportedState: on every rank, if one of them has no state to speak of. There, whatever is in `outcome`.
+    """
+    refused = outcome.error is not None
+    # An integer of 64 bits: a step that has none is among what was refused.
+    mine = [1, *([0] * len(numbers)), 0] if refused else [0, *numbers, _names_digest(state)]
+    everyone = ranks.all_gather_ints(phase, mine)
+    if outcome.error is not None:
+        raise outcome.error
+    others = [rank for rank, (bad, *_) in enumerate(everyone) if bad]
+    if others:
+        raise UnsupportedState("the state", f"what ranks {others} gave", "their own errors say why")
+    return [row[1:] for row in everyone]
+
+
+def refuse_different(state: State, digests: Sequence[int]) -> None:
+    others = sorted(rank for rank, digest in enumerate(digests) if digest != digests[0])
+    if others:
+        raise UnsupportedState(
+            "the state",
+            f"a dict whose parts (here {', '.join(sorted(state))}) are others on rank 0 than on ranks {others}",
+            "give every rank the same names",
+        )
 
 
 def loading_order(state: State) -> list[str]:
@@ -117,6 +140,11 @@ def saved_parts(opened: OpenCheckpoint) -> set[str]:
 def _is_text(name: str) -> bool:
     # Names are hashed and stored as UTF-8, which has no half of a character.
     return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _names_digest(state: State) -> int:
+    """63 bits of the names of the parts, to be compared between ranks."""
+    return int(checksum("\n".join(sorted(state)).encode()), 16) >> 1
 
 
 def _of_part(part: Any, rank: int) -> Any:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import posixpath
 import time
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Mapping, Set
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from ray_stateful import matching, parts
+from ray_stateful.candidates import Candidate
 from ray_stateful.errors import CheckpointError, DamagedCheckpoint, RankFailed, ResizeRefused, StateMismatch
 from ray_stateful.filling import EveryRank, Filled, fill, fill_rank_part, fill_strict
 from ray_stateful.format import layout
@@ -20,7 +21,7 @@ from ray_stateful.format.checksums import checksum
 from ray_stateful.outcomes import complete, foresee
 from ray_stateful.ranks import Failure, Outcome, Ranks
 from ray_stateful.report import ResumeReport
-from ray_stateful.runs import DirectoryRun, Run
+from ray_stateful.runs import Run
 from ray_stateful.states.part import RankPart, StrictPart, World
 from ray_stateful.storage import opening, sharing, verifying
 from ray_stateful.storage.opening import OpenCheckpoint
@@ -28,7 +29,6 @@ from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.reader import read_requests, requests_of
 from ray_stateful.storage.reading import ReadStatistics, Request
 from ray_stateful.storage.structure import copy_containers, is_whole
-from ray_stateful.storage.uris import located
 
 logger = logging.getLogger(__name__)
 
@@ -41,64 +41,6 @@ class Rejected(CheckpointError):
 
     def __str__(self) -> str:
         return self.why
-
-
-def find(run: Run, checkpoint: Any) -> tuple[Run, str | None]:
-    """The run and the name of `checkpoint`; `run` and `None` where none is named. Of this rank alone.
-
-    Raises:
-        OSError, ValueError: its storage can't be reached, or is of an unknown kind.
-    """
-    if checkpoint is None or layout.parse_name(str(checkpoint)) is not None:
-        return run, None if checkpoint is None else str(checkpoint)
-    storage, path = located(checkpoint)
-    directory, name = posixpath.split(path.rstrip("/"))
-    return DirectoryRun(storage, directory, directory), name
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A checkpoint to try: the bytes that describe it, or why rank 0 could not read them."""
-
-    name: str
-    described: opening.RawCheckpoint | Failure
-
-
-def candidates(run: Run, only: str | None, ranks: Ranks) -> Iterator[Candidate]:
-    """Which checkpoints to try, newest first: those of `run`, or the one that is named `only`.
-
-    Each step is collective: rank 0 asks storage, and all ranks get its answer, the same bytes.
-
-    Raises:
-        RankFailed: at any step, on every rank, as rank 0 could not ask which there are.
-    """
-    names: Iterator[str] | None = None if only is None else iter([only])
-    while True:
-        answer: Any = None
-        outcome = Outcome()
-        with outcome.catch():
-            if ranks.rank == 0:
-                names = iter(run.candidates()) if names is None else names
-                name = next(names, None)
-                if name is not None:
-                    answer = Candidate(name, _describe(run, name))
-        if outcome.error is not None:
-            answer = Failure.of(outcome.error)
-        received = ranks.broadcast("look for checkpoints", answer)
-        if isinstance(received, Failure):
-            raise RankFailed("look for checkpoints", {0: received.text}) from outcome.error
-        if received is None:
-            return
-        assert isinstance(received, Candidate)
-        yield received
-
-
-def _describe(run: Run, name: str) -> opening.RawCheckpoint | Failure:
-    outcome = Outcome()
-    with outcome.catch():
-        return opening.fetch(run.storage, posixpath.join(run.path, name))
-    assert outcome.error is not None
-    return Failure.of(outcome.error)
 
 
 def restore_one(
@@ -203,11 +145,12 @@ def _match(
     touched: Set[str],
 ) -> dict[str, Filled]:
     outcome = Outcome()
-    # A part may hand out the dicts it lives by, and torch's planner puts None for what it does not know (bytes, sets,
-    # numpy values) into those it is given.
-    template = copy_containers(parts.collect(state, ranks.rank, outcome))
+    template = parts.collect(state, ranks.rank, outcome)
     planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
     with outcome.catch():
+        # A part may hand out the dicts it lives by, and torch's planner puts None for what it does not know (bytes,
+        # sets, numpy values) into those it is given.
+        template = copy_containers(template)
         _refuse_without_memory(template)
         planner.set_up_planner(template)
     everyones_keys = _union_of_keys(planner.mappings, outcome, ranks)
@@ -310,6 +253,7 @@ def _read(
     requests: dict[str, list[Request]] = {}
     whole: list[Request] = []
     shards: list[Request] = []
+    classes: list[list[Request]] = [[], []]
     outcome = Outcome()
     # As when writing: to ask a DTensor for its shard by way of autograd takes several times as long.
     with outcome.catch(), torch.no_grad():
@@ -321,9 +265,10 @@ def _read(
                 # A rank part's are nobody else's, or wanted whole by everybody who can use it: not worth telling apart.
                 if not isinstance(contents.part, RankPart):
                     (whole if is_whole(tensor) else shards).extend(wanted)
-    failures, digests = ranks.share("plan to read", outcome, sharing.digests(whole, shards))
+        classes = sharing.classes_of(whole, shards)
+    failures, digests = ranks.share("plan to read", outcome, sharing.digests(classes))
     _agree("plan to read", failures)
-    shared = sharing.share(whole, shards, digests, ranks.rank)
+    shared = sharing.share(classes, digests, ranks.rank)
     mine = shared.read_by(ranks.rank)
     statistics: dict[str, ReadStatistics] = {}
     with outcome.catch():

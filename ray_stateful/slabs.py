@@ -13,12 +13,10 @@ from itertools import chain
 
 import torch
 
-from ray_stateful.format.chunks import Box, intersection, split
-from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.chunks import Box, split
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.opening import OpenCheckpoint
-from ray_stateful.storage.reader import read_requests
-from ray_stateful.storage.reading import Request
+from ray_stateful.storage.reader import read_requests, requests_for
 
 # Of one slab; and bytes of one batch, of which there are two at a time.
 MAX_ELEMENTS = 8 << 20
@@ -81,17 +79,6 @@ def _batches(opened: OpenCheckpoint, boxes: Iterable[tuple[str, Box]]) -> Iterat
 
 
 def _read(storage: Storage, opened: OpenCheckpoint, batch: list[Slab]) -> list[Slab]:
-    requests = [request for slab in batch for request in _requests(opened.chunks[slab.key], slab)]
+    requests = [request for slab in batch for request in requests_for(opened.chunks[slab.key], slab.box, slab.tensor)]
     read_requests(storage, opened.path, {"": requests}, None)
     return batch
-
-
-def _requests(chunks: tuple[StoredChunk, ...], slab: Slab) -> Iterator[Request]:
-    for chunk in chunks:
-        shared = intersection(slab.box, chunk.box)
-        if shared is None:
-            continue
-        into = slab.tensor
-        for dim, (offset, size) in enumerate(zip(shared.relative_to(slab.box).offsets, shared.sizes, strict=True)):
-            into = into.narrow(dim, offset, size)
-        yield Request(chunk, shared.relative_to(chunk.box), into)

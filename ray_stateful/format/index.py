@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import pyarrow as pa
@@ -70,9 +71,7 @@ class StoredChunk:
 
     def __reduce__(self) -> tuple[Callable[..., StoredChunk], tuple[Any, ...]]:
         # As for `Box`: gathering the rows was a third of what a save of many small tensors computes.
-        fields = (self.key, self.path, self.dtype, self.shape, self.box, self.file)
-        place = (self.item_offset, self.item_length, self.data_offset, self.block_bytes)
-        return _pickled_chunk, (*fields, *place, self.checksums, self.value)
+        return _chunk_of, _fields_of(self)
 
     @property
     def is_tree(self) -> bool:
@@ -84,35 +83,13 @@ class StoredChunk:
         return self.item_length if self.dtype is None else self.box.num_elements * ITEM_BYTES[self.dtype]
 
 
-def _pickled_chunk(
-    key: str,
-    path: KeyPath,
-    dtype: str | None,
-    shape: tuple[int, ...],
-    box: Box,
-    file: str,
-    item_offset: int,
-    item_length: int,
-    data_offset: int,
-    block_bytes: int,
-    checksums: bytes,
-    value: str | None,
-) -> StoredChunk:
-    """What a pickled row is made by: `StoredChunk` takes its fields by name only."""
-    return StoredChunk(
-        key=key,
-        path=path,
-        dtype=dtype,
-        shape=shape,
-        box=box,
-        file=file,
-        item_offset=item_offset,
-        item_length=item_length,
-        data_offset=data_offset,
-        block_bytes=block_bytes,
-        checksums=checksums,
-        value=value,
-    )
+_FIELDS = tuple(field.name for field in fields(StoredChunk))
+_fields_of = attrgetter(*_FIELDS)
+
+
+def _chunk_of(*values: Any) -> StoredChunk:
+    """What a pickled row is made by."""
+    return StoredChunk(**dict(zip(_FIELDS, values, strict=True)))
 
 
 def tree_row(path: KeyPath, value: str) -> StoredChunk:

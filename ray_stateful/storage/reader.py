@@ -111,17 +111,21 @@ class CheckpointReader(StorageReader):
 
 def requests_of(chunks: Sequence[StoredChunk], tensor: Any) -> list[Request]:
     """What fills this rank's part of `tensor`: the boxes that it shares with each stored chunk."""
+    return [request for box, local in _local_boxes(tensor) for request in requests_for(chunks, box, local)]
+
+
+def requests_for(chunks: Sequence[StoredChunk], box: Box, tensor: torch.Tensor) -> list[Request]:
+    """What fills `tensor`, which is `box` of a larger one: what it shares with each stored chunk of that."""
     requests = []
-    for mine, local in _local_boxes(tensor):
-        for chunk in chunks:
-            shared = intersection(mine, chunk.box)
-            if shared is None:
-                continue
-            into = local
-            for dim, (offset, size) in enumerate(zip(shared.relative_to(mine).offsets, shared.sizes, strict=True)):
-                if size != into.shape[dim]:
-                    into = into.narrow(dim, offset, size)
-            requests.append(Request(chunk, shared.relative_to(chunk.box), into))
+    for chunk in chunks:
+        shared = intersection(box, chunk.box)
+        if shared is None:
+            continue
+        into = tensor
+        for dim, (offset, size) in enumerate(zip(shared.relative_to(box).offsets, shared.sizes, strict=True)):
+            if size != into.shape[dim]:
+                into = into.narrow(dim, offset, size)
+        requests.append(Request(chunk, shared.relative_to(chunk.box), into))
     return requests
 
 

@@ -13,7 +13,7 @@ the same collectives.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -74,21 +74,29 @@ class Shared:
         return lambda request: id(request) not in others
 
 
-def digests(whole: Sequence[Request], shards: Sequence[Request]) -> list[int]:
-    """What `share` has to know of each rank: two integers, from its requests."""
-    return [_digest(sorted(requests, key=_identity)) for requests in (whole, shards)]
-
-
-def share(whole: Sequence[Request], shards: Sequence[Request], everyone: Sequence[Sequence[int]], mine: int) -> Shared:
-    """Find the ranks that want the same. Pure.
+def classes_of(whole: Iterable[Request], shards: Iterable[Request]) -> list[list[Request]]:
+    """The two classes of this rank's requests, each in an order that is the same on all ranks.
 
     Args:
         whole: Requests of tensors that this rank holds whole.
         shards: All others.
+    """
+    return [sorted(requests, key=_identity) for requests in (whole, shards)]
+
+
+def digests(classes: Sequence[Sequence[Request]]) -> list[int]:
+    """What `share` has to know of each rank: an integer for each class."""
+    return [_digest(requests) for requests in classes]
+
+
+def share(classes: Sequence[Sequence[Request]], everyone: Sequence[Sequence[int]], mine: int) -> Shared:
+    """Find the ranks that want the same. Pure.
+
+    Args:
+        classes: Of this rank, as of `classes_of`.
         everyone: The `digests` of every rank, in rank order.
         mine: This rank.
     """
-    classes = [sorted(whole, key=_identity), sorted(shards, key=_identity)]
     groups: list[Group] = []
     memberships: list[tuple[int, ...]] = []
     for number, requests in enumerate(classes):

@@ -26,7 +26,7 @@ LAYERS = [
     {"restoring"},
     {"meters", "outcomes"},
     {"filling"},
-    {"matching", "parts", "report"},
+    {"candidates", "matching", "parts", "report"},
     {"ray_callbacks", "ray_data"},
     {"ray_train", "ray_meters", "plain_metrics", "save_requests"},
     {"stateful_wrappers"},

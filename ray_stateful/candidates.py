@@ -1,0 +1,73 @@
+"""Which checkpoints a restore may begin from, newest first: asked for on rank 0, and told to all ranks."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ray_stateful.errors import RankFailed
+from ray_stateful.format import layout
+from ray_stateful.ranks import Failure, Outcome, Ranks
+from ray_stateful.runs import DirectoryRun, Run
+from ray_stateful.storage import opening
+from ray_stateful.storage.uris import located
+
+
+def find(run: Run, checkpoint: Any) -> tuple[Run, str | None]:
+    """The run and the name of `checkpoint`; `run` and `None` where none is named. Of this rank alone.
+
+    Raises:
+        OSError, ValueError: its storage can't be reached, or is of an unknown kind.
+    """
+    if checkpoint is None or layout.parse_name(str(checkpoint)) is not None:
+        return run, None if checkpoint is None else str(checkpoint)
+    storage, path = located(checkpoint)
+    directory, name = posixpath.split(path.rstrip("/"))
+    return DirectoryRun(storage, directory, directory), name
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A checkpoint to try: the bytes that describe it, or why rank 0 could not read them."""
+
+    name: str
+    described: opening.RawCheckpoint | Failure
+
+
+def newest_first(run: Run, only: str | None, ranks: Ranks) -> Iterator[Candidate]:
+    """Which checkpoints to try, newest first: those of `run`, or the one that is named `only`.
+
+    Each step is collective: rank 0 asks storage, and all ranks get its answer, the same bytes.
+
+    Raises:
+        RankFailed: at any step, on every rank, as rank 0 could not ask which there are.
+    """
+    names: Iterator[str] | None = None if only is None else iter([only])
+    while True:
+        answer: Any = None
+        outcome = Outcome()
+        with outcome.catch():
+            if ranks.rank == 0:
+                names = iter(run.candidates()) if names is None else names
+                name = next(names, None)
+                if name is not None:
+                    answer = Candidate(name, _describe(run, name))
+        if outcome.error is not None:
+            answer = Failure.of(outcome.error)
+        received = ranks.broadcast("look for checkpoints", answer)
+        if isinstance(received, Failure):
+            raise RankFailed("look for checkpoints", {0: received.text}) from outcome.error
+        if received is None:
+            return
+        assert isinstance(received, Candidate)
+        yield received
+
+
+def _describe(run: Run, name: str) -> opening.RawCheckpoint | Failure:
+    outcome = Outcome()
+    with outcome.catch():
+        return opening.fetch(run.storage, posixpath.join(run.path, name))
+    assert outcome.error is not None
+    return Failure.of(outcome.error)

@@ -87,9 +87,9 @@ def restore(place):
     return report.step, snapshot(fresh) == snapshot(state_of(report.step)), dict(report.rejected)
 
 
-# Of a save of two item files, an index, the metadata and a manifest: those about a file. GCS has two to write one; Azure
-# asks what is there, makes an empty file, sends its one block and commits it. One more asks for the size of the first.
-# How often GCS is asked for the directories depends on which of two threads comes first. Of a restore: all.
+# Of a save of two item files, an index, the metadata and a manifest: those about a file. GCS has two to write one;
+# Azure asks what is there, makes an empty file, sends its one block and commits it. One more asks for the size of the
+# first. How often GCS is asked for the directories depends on which of two threads comes first. Of a restore: all.
 NUM_REQUESTS = {"gcs": (5 * 2 + 1, 22), "azure": (5 * 4 + 1, 18)}
 
 

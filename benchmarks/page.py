@@ -21,10 +21,10 @@ Content = dict[str, Any]
 # "A / ours" above 1 means that ours is faster.
 WORDS = {
     "restore.read_amplification.max": "tensor bytes read on restore / bytes this world needs, the worst N → M",
-    "restore.read_amplification.few_tensors": "the same, 306 tensors of 0.25 GB",
+    "restore.read_amplification.few_tensors": "the same, 306 tensors",
     "restore.read_amplification.many_tensors": "the same, 3,006 tensors, 4 → 4",
     "restore.read_amplification.many_tensors_resized": "the same, 3,006 tensors, on another number of workers",
-    "restore.read_amplification_with_index.max": "306 tensors with manifest, index and listings",
+    "restore.read_amplification_with_index.max": "the same with manifest, index and listings, 306 tensors",
     "restore.peak_extra_memory_mb.max": "peak extra host memory on restore, MB a rank",
     "restore.s3_30ms.vs_stock_dcp_pyarrow": "restore, S3 at 30 ms: stock DCP over pyarrow / ours",
     "restore.s3_30ms.vs_stock_dcp_s3fs": "restore, S3 at 30 ms: stock DCP over s3fs / ours",

@@ -285,7 +285,7 @@ def demonstrate(plan: Plan, picture: Path, work: Path) -> None:
 
 @contextmanager
 def workplace(prefix: str, keep: bool) -> Iterator[Path]:
-    """A directory for a demonstration, gone with it unless it is kept; whose failure ends the process, in one line."""
+    """A directory for a demonstration, removed at its end unless `keep`. A failure ends the process with one line."""
     work = Path(tempfile.mkdtemp(prefix=prefix))
     try:
         yield work

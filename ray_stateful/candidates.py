@@ -1,4 +1,4 @@
-"""Which checkpoints a restore may begin from, newest first: asked for on rank 0, and told to all ranks."""
+"""Which checkpoints a restore may begin from, newest first: rank 0 asks storage, and all ranks get the answer."""
 
 from __future__ import annotations
 

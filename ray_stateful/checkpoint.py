@@ -6,8 +6,8 @@ of them, and every wait has a deadline.
 Saving
   1. (all)     agree that this is the same step on every rank
   2. (all)     collect the state dicts; a background save copies the local shards to host buffers, and training goes on
-  3. (rank 0)  names the directory, with an attempt of its own; shared together with what each rank knows of its plan,
-     and with what it has to refuse: its report is prepared by then
+  3. (rank 0)  names the directory, with an attempt of its own; in the same collective each rank says what its plan
+     depends on, and whether it refuses: its report is prepared before
   4. (all, rank 0, all)  local plan, global plan, final plan; or the last save's, if all ranks have the same structure
   5. (all)     stream the items to files, with checksums computed on the way
   6. (all)     gather outcomes: one rank's failure is every rank's `SaveFailed`
@@ -161,7 +161,7 @@ class Saving:
             ValueError: of a step that has no name, or an absurd number of files, on the ranks that gave it.
         """
         self.clock.begin("agree")
-        everyone = parts.compare(ranks, "agree on the step", self._state, self._outcome, [self._step])
+        everyone = parts.share_names(ranks, "agree on the step", self._state, self._outcome, [self._step])
         if len({step for step, _ in everyone}) > 1:
             raise UnevenSteps({rank: step for rank, (step, _) in enumerate(everyone)})
         parts.refuse_different(self._state, [names for _, names in everyone])
@@ -201,10 +201,10 @@ class Saving:
                 self._prepared = run.prepare_report(self._metrics)
                 structure = structure_digest(planner.describe(), ranks.world_size)
                 digests = [structure, *values_digests(planner.shared_values())]
-        failures, rows = ranks.share("plan", outcome, [secrets.randbits(24), *digests])
+        failures, rows = ranks.share("compare plans", outcome, [secrets.randbits(24), *digests])
         self._name = str(CheckpointName(self._step, f"{rows[0][0]:06x}"))
         path = posixpath.join(run.path, self._name)
-        _raise_failures(path, "plan", failures, outcome)
+        _raise_if_any_failed(path, "plan", failures, outcome)
 
         # 4.
         description = self._describe(ranks)
@@ -377,15 +377,15 @@ def restore(
         source, name = candidates.find(run, checkpoint)
         digests = [initial_weights.digest(initial), initial_weights.digest(checkpoint)]
     ranks = Ranks.of_world(timeout_s)
-    everyone = parts.compare(ranks, "compare parts", state, outcome, digests)
+    everyone = parts.share_names(ranks, "compare parts", state, outcome, digests)
     parts.refuse_different(state, [names for _, _, names in everyone])
     initial_weights.refuse_different("initial", initial, [weights for weights, _, _ in everyone])
     initial_weights.refuse_different("checkpoint", checkpoint, [place for _, place, _ in everyone])
     assert not isinstance(run, str | os.PathLike | None)
-    found = candidates.newest_first(source, name, ranks)
+    to_try = candidates.newest_first(source, name, ranks)
     rejected: dict[str, str] = {}
     try:
-        report = _restore_newest(state, source, found, ranks, limits, verify, initial, rejected)
+        report = _restore_newest(state, source, to_try, ranks, limits, verify, initial, rejected)
     except Exception:
         meters.tell(run, source.storage, ranks.rank, meters.of_failed_restore(rejected, ranks.rank))
         raise
@@ -403,19 +403,19 @@ def restore(
 def _restore_newest(
     state: Mapping[str, Any],
     run: Run,
-    found: Iterable[Candidate],
+    to_try: Iterable[Candidate],
     ranks: Ranks,
     limits: ReadLimits | None,
     verify: str,
     initial: Any,
     rejected: dict[str, str],
 ) -> ResumeReport | None:
-    """Restore the first of `found` that is intact; those before it are added to `rejected`, with the reason.
+    """Restore the first of `to_try` that is intact; those before it are added to `rejected`, with the reason.
 
     If there are none, the models begin from `initial`; `None` without that.
     """
     touched: set[str] = set()
-    for candidate in found:
+    for candidate in to_try:
         try:
             return restoring.restore_one(state, run, candidate, ranks, limits, verify, rejected, touched)
         except Rejected as error:
@@ -438,11 +438,11 @@ def _agree(ranks: Ranks, path: str, phase: str, outcome: Outcome, facts: Sequenc
         SaveFailed: on every rank.
     """
     failures, everyone = ranks.share(phase, outcome, facts)
-    _raise_failures(path, phase, failures, outcome)
+    _raise_if_any_failed(path, phase, failures, outcome)
     return everyone
 
 
-def _raise_failures(path: str, phase: str, failures: Mapping[int, Failure], outcome: Outcome) -> None:
+def _raise_if_any_failed(path: str, phase: str, failures: Mapping[int, Failure], outcome: Outcome) -> None:
     if failures:
         raise SaveFailed(path, phase, {rank: failure.text for rank, failure in failures.items()}) from outcome.error
 

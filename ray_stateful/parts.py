@@ -1,7 +1,8 @@
 """From the parts of a state to one state dict, and from what was read back to the parts.
 
 A part is filled in one of three ways (see `ray_stateful.states.part`): a strict part gives the tensors to fill; a
-rank part has an entry of its own for each rank; any other gets back what was saved, whole.
+rank part has an entry of its own for each rank; any other gets back what was saved, whole. The names of the parts are
+the same on all ranks, which they tell each other before anything else.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def collect(state: State, rank: int, outcome: Outcome) -> dict[str, Any]:
     return collected
 
 
-def compare(ranks: Ranks, phase: str, state: State, outcome: Outcome, numbers: Sequence[int]) -> list[list[int]]:
+def share_names(ranks: Ranks, phase: str, state: State, outcome: Outcome, numbers: Sequence[int]) -> list[list[int]]:
     """Every rank's step (or whichever numbers have to be the same), and the digest of the names of its parts.
 
     Raises:
@@ -76,6 +77,11 @@ def compare(ranks: Ranks, phase: str, state: State, outcome: Outcome, numbers: S
 
 
 def refuse_different(state: State, digests: Sequence[int]) -> None:
+    """Refuse ranks whose parts have other names; `digests` are everyone's.
+
+    Raises:
+        UnsupportedState: on every rank, as all have the same digests.
+    """
     others = sorted(rank for rank, digest in enumerate(digests) if digest != digests[0])
     if others:
         raise UnsupportedState(

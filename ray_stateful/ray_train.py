@@ -52,7 +52,10 @@ class RayRun:
 
     def prepare_report(self, metrics: dict[str, Any]) -> dict[str, Any]:
         # Here, where all ranks still agree: later, the others would wait in Ray's barrier for this one.
-        self._refuse_after_failure(self.path)
+        if _failed_report is not None:
+            raise RuntimeError(
+                f"an earlier report of this worker failed, and no later one can be made: {_failed_report}"
+            )
         # Converted here, where a refusal costs nothing: what Ray can't store ends its controller, and with it the run.
         return plain_metrics(metrics)
 
@@ -66,12 +69,14 @@ class RayRun:
         import ray.train
 
         path = posixpath.join(self.path, name)
-        self._refuse_after_failure(path)
+        if _failed_report is not None:
+            raise ReportFailed(path, {_rank(): f"an earlier report of this worker failed: {_failed_report}"})
+        checkpoint = ray.train.Checkpoint(path=path, filesystem=self.filesystem)
         try:
             # NO_UPLOAD: it is there already. The other modes copy it onto itself, and one of them deletes it then.
             ray.train.report(
                 prepared,
-                checkpoint=ray.train.Checkpoint(path=path, filesystem=self.filesystem),
+                checkpoint=checkpoint,
                 checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
                 delete_local_checkpoint_after_upload=False,
             )
@@ -114,10 +119,6 @@ class RayRun:
             StorageError: the snapshot can't be read at this moment; so nothing may be deleted.
         """
         return frozenset(self._snapshot_names())
-
-    def _refuse_after_failure(self, path: str) -> None:
-        if _failed_report is not None:
-            raise ReportFailed(path, {_rank(): f"an earlier report of this worker failed: {_failed_report}"})
 
     def _handed_over(self) -> list[str]:
         import ray.train

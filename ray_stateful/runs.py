@@ -39,6 +39,7 @@ class Run(Protocol):
 
         Raises:
             ValueError: a metric is not a plain JSON value; names it.
+            RuntimeError: this process can't report any more.
         """
         ...
 

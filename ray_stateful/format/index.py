@@ -88,7 +88,7 @@ _fields_of = attrgetter(*_FIELDS)
 
 
 def _chunk_of(*values: Any) -> StoredChunk:
-    """What a pickled row is made by."""
+    """What a pickled row is made by: `StoredChunk` takes its fields by name only."""
     return StoredChunk(**dict(zip(_FIELDS, values, strict=True)))
 
 

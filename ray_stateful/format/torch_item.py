@@ -8,7 +8,7 @@ written.
 The members are those that `caffe2/serialize/inline_container.cc` and `torch.load` ask for, stored and not deflated. The
 CRC of the tensor's member is left at zero, as torch does itself under
 `torch.utils.serialization.config.save.compute_crc32 = False`; our own checksums are in the index. What torch adds and
-nothing needs is left out: a restore reads along what lies between small tensors, so that it counts.
+nothing needs is left out: between small tensors, a restore reads it as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from ray_stateful.format.chunks import strides_of
 
-# Of the archive. Its members' names stand in it twice.
+# The archive's directory: short, as each member's name is written twice.
 _ROOT = "t"
 _MEMBER = b"PK\x03\x04"
 _DIRECTORY_ENTRY = b"PK\x01\x02"
@@ -106,7 +106,7 @@ class _Pickler(pickle.Pickler):
 def _data_pickle(dtype: torch.dtype, shape: tuple[int, ...], num_bytes: int) -> bytes:
     file = io.BytesIO()
     _Pickler(file, dtype, shape, num_bytes).dump(_Tensor())
-    # Without the numbers that a pickle gives to what it might come back to.
+    # Without memo entries, which nothing refers to.
     return pickletools.optimize(file.getvalue())
 
 

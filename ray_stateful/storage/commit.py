@@ -238,21 +238,19 @@ def _manifest(files: Mapping[str, StoredFile], contents: Mapping[str, bytes], de
 
 
 def _write(storage: Storage, path: str, contents: Mapping[str, bytes], manifest: Manifest) -> None:
-    # Side by side: to an object store each is a round trip or two.
-    with ThreadPoolExecutor(max_workers=1 + len(contents), thread_name_prefix="checkpoint-commit") as pool:
-        listing = pool.submit(storage.sizes, path)
+    # Side by side: to an object store each is a round trip.
+    with ThreadPoolExecutor(max_workers=len(contents), thread_name_prefix="checkpoint-commit") as pool:
         jobs = [pool.submit(storage.write, posixpath.join(path, name), data) for name, data in contents.items()]
     for job in jobs:
         job.result()
-    items = {name: file for name, file in manifest.files.items() if name not in contents}
-    _check_there(path, items, listing.result())
+    _check_there(path, manifest.files, storage.sizes(path))
     # Only now: a reader takes the manifest's presence as proof that every file it names is whole.
     storage.write(posixpath.join(path, layout.MANIFEST), manifest.to_json())
 
 
-def _check_there(path: str, items: Mapping[str, StoredFile], sizes: Mapping[str, int]) -> None:
+def _check_there(path: str, files: Mapping[str, StoredFile], sizes: Mapping[str, int]) -> None:
     """Each rank saw its own files written; on a disk of its own, they are where no other node will look for them."""
-    for name, file in items.items():
+    for name, file in files.items():
         if sizes.get(name) != file.size:
             found = (
                 f"has {sizes[name]:,} bytes where rank 0 looks; {file.size:,} were written"

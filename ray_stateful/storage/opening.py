@@ -184,7 +184,10 @@ def parse(raw: RawCheckpoint) -> OpenCheckpoint:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Without Python's search for cycles: among so many new objects that all stay it takes as long as making them."""
+    """Without Python's search for cycles: among so many new objects that all stay it takes as long as making them.
+
+    It is off in the whole process, for the moment that this takes, and then as it was before.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:

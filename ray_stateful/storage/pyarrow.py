@@ -27,7 +27,7 @@ from ray_stateful.storage.paths import as_bytes, checked_range, normalised
 
 _MIB = 1 << 20
 
-# What S3 takes at once; fixed in pyarrow. A larger file is uploaded in parts.
+# Of one part on S3; fixed in pyarrow. A file of so many bytes, or more, is uploaded in parts.
 _PART_BYTES = 10 * _MIB
 
 
@@ -176,13 +176,13 @@ class PyarrowStorage:
         """Look at the size of file `path`, if it is the first of its kind that was written here.
 
         There are servers that store the trailer of a chunked upload as part of the file, and say that all is well. They
-        do it every time: to ask after each file is a request that all ranks wait for. What a save has written is looked
-        at once more, by one listing before its commit.
+        do it every time: to ask after each file is a request that all ranks wait for. A save looks at all that it has
+        written once more, by one listing before the manifest.
 
         Raises:
             OSError: it is not `size` bytes; it is deleted, and the next file is the first again.
         """
-        in_parts = size > _PART_BYTES
+        in_parts = size >= _PART_BYTES
         with self._lock:
             if in_parts in self._seen:
                 return

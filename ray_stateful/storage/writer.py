@@ -46,7 +46,7 @@ _MAX_FILES = 10_000
 _PART_BYTES = 4 << 20
 
 # Tensors that are no shards, such as an optimizer's step counters, lie together up to this size: on a restore one rank
-# reads all of them.
+# reads them for all, if there are not too many.
 _SMALL_BYTES = 4 << 10
 
 # Handed to the storage together: each call has a deadline, and with it the price of waking a thread.
@@ -103,7 +103,8 @@ class CheckpointWriter(StorageWriter):
         bins = distribute(plan.items, self._num_files, getattr(self._storage, "max_file_bytes", None))
         results: list[WriteResult] = []
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped in torch
-            streams.wait_before_other_threads(_tensors_of(plan, planner))
+            with torch.no_grad():
+                streams.wait_before_other_threads(_tensors_of(plan, planner))
         with ThreadPoolExecutor(max_workers=self._num_files, thread_name_prefix="checkpoint-write") as pool:
             jobs = [pool.submit(self._write_file, number, items, planner) for number, items in enumerate(bins)]
         for job in jobs:
@@ -148,7 +149,8 @@ class CheckpointWriter(StorageWriter):
 
         def stream(sink: DeadlineSink) -> list[WriteResult]:
             file = _ItemFile(name, sink)
-            # Of this thread: a DTensor gives its shard by way of autograd otherwise, which takes as long as all else.
+            # Grad mode is a thread's own. With it, a DTensor gives its shard by way of autograd, which takes as long as
+            # all else.
             with torch.no_grad():
                 results = [file.add(item, planner) for item in items]
             file.hand_over()

@@ -1,12 +1,14 @@
-"""Makes the golden checkpoint of the present format: `python -m tests.compat.make_golden`.
+"""Makes a golden checkpoint of the present format: `python -m tests.compat.make_golden NAME`.
 
-Run once, when a format is released. What lies in `golden/` is never made again: every later version must read it as
-it is.
+Run once, when a format is released, as `format_1`; and when what is written changes within it, as `format_1_` and what
+is new. What lies in `golden/` is never made again: every later version must read it as it is.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -72,8 +74,10 @@ def save(run: str) -> str:
     return checkpoint.save(state, step=12, samples=96, run=run, num_files=1).name
 
 
-def main() -> None:
-    directory = GOLDEN / f"format_{FORMAT_VERSION}"
+def main(name: str) -> None:
+    if not re.fullmatch(rf"format_{FORMAT_VERSION}(_[a-z_]+)?", name):
+        raise SystemExit(f"{name!r} is no name for a checkpoint of format {FORMAT_VERSION}")
+    directory = GOLDEN / name
     if directory.exists():
         raise SystemExit(f"{directory} is there already, and is to stay as it is")
     outcomes = run_ranks(NUM_RANKS, save, str(directory))
@@ -85,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

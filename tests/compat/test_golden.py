@@ -14,18 +14,18 @@ from ray_stateful.format.layout import FORMAT_VERSION
 from ray_stateful.storage.uris import resolve
 from tests.compat.make_golden import GOLDEN, Free, expected
 
-FORMATS = sorted(int(path.name.removeprefix("format_")) for path in GOLDEN.iterdir())
-FILES = sorted(path.name for path in next((GOLDEN / f"format_{FORMATS[-1]}").iterdir()).iterdir())
+RUNS = sorted(path.name for path in GOLDEN.iterdir())
+FILES = sorted(path.name for path in next((GOLDEN / RUNS[-1]).iterdir()).iterdir())
 
 
 def fresh():
     return {"thing": Free(), "stream": PerRank(0)}
 
 
-def copied(tmp_path, version):
+def copied(tmp_path, golden):
     """A copy of the golden run; returns it and the directory of its checkpoint."""
     run = tmp_path / "run"
-    shutil.copytree(GOLDEN / f"format_{version}", run)
+    shutil.copytree(GOLDEN / golden, run)
     return run, next(run.iterdir())
 
 
@@ -50,13 +50,13 @@ def assert_same(found, wanted, where):
 
 
 def test_there_is_a_golden_checkpoint_of_the_present_format():
-    assert FORMATS[-1] == FORMAT_VERSION
+    assert f"format_{FORMAT_VERSION}" in RUNS
 
 
-@pytest.mark.parametrize("version", FORMATS)
-def test_a_golden_checkpoint_is_restored_bit_for_bit(version):
+@pytest.mark.parametrize("golden", RUNS)
+def test_a_golden_checkpoint_is_restored_bit_for_bit(golden):
     state = fresh()
-    report = checkpoint.restore(state, run=str(GOLDEN / f"format_{version}"), verify="full")
+    report = checkpoint.restore(state, run=str(GOLDEN / golden), verify="full")
 
     assert (report.step, report.samples, report.saved_world_size, report.verified) == (12, 96, 2, True)
     assert_same(state["thing"].value, expected(), "thing")
@@ -65,19 +65,19 @@ def test_a_golden_checkpoint_is_restored_bit_for_bit(version):
 
 # One process without a process group is what is tested.
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-@pytest.mark.parametrize("version", FORMATS)
-def test_stock_dcp_loads_a_golden_checkpoint(version):
+@pytest.mark.parametrize("golden", RUNS)
+def test_stock_dcp_loads_a_golden_checkpoint(golden):
     found = {"thing": {"weights": torch.zeros(5, 3), "lr": 0.0}}
-    dcp.load(found, checkpoint_id=str(next((GOLDEN / f"format_{version}").iterdir())), no_dist=True)
+    dcp.load(found, checkpoint_id=str(next((GOLDEN / golden).iterdir())), no_dist=True)
 
     assert torch.equal(found["thing"]["weights"], expected()["weights"])
     assert found["thing"]["lr"] == 0.125
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("version", FORMATS)
-def test_a_golden_checkpoint_with_any_byte_changed_is_not_restored_when_all_is_verified(tmp_path, version, name):
-    run, directory = copied(tmp_path, version)
+@pytest.mark.parametrize("golden", RUNS)
+def test_a_golden_checkpoint_with_any_byte_changed_is_not_restored_when_all_is_verified(tmp_path, golden, name):
+    run, directory = copied(tmp_path, golden)
     path = directory / name
     intact = path.read_bytes()
     for at in range(0, len(intact), max(1, len(intact) // 12)):
@@ -91,9 +91,9 @@ def test_a_golden_checkpoint_with_any_byte_changed_is_not_restored_when_all_is_v
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("version", FORMATS)
-def test_a_golden_checkpoint_with_a_file_missing_is_not_restored(tmp_path, version, name):
-    run, directory = copied(tmp_path, version)
+@pytest.mark.parametrize("golden", RUNS)
+def test_a_golden_checkpoint_with_a_file_missing_is_not_restored(tmp_path, golden, name):
+    run, directory = copied(tmp_path, golden)
     (directory / name).unlink()
 
     with pytest.raises(NoIntactCheckpoint):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from ray_stateful import RandomState, checkpoint
+from ray_stateful import Checkpointer, RandomState, checkpoint
 from ray_stateful.errors import NoIntactCheckpoint
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
@@ -92,6 +92,23 @@ def test_the_ranks_meet_eight_times_in_a_restore_whatever_there_is_in_it(tmp_pat
     # Of what all of them hold whole, little as it is: one sends it to the others.
     phases += ["send what was read", "load the state"]
     assert run_ranks(2, count_meetings, str(tmp_path)) == [phases] * 2
+
+
+def count_meetings_of_a_save(run):
+    state = {"part": Placed((dist.get_world_size(),), [Shard(0)], True), "random": RandomState()}
+    saver = Checkpointer(state, every_n_steps=1, run=run, at_end=False)
+    found = []
+    for _ in range(2):
+        with patch.object(Ranks, "within_deadline", autospec=True, side_effect=Ranks.within_deadline) as meetings:
+            saver.save()
+        found.append([call.args[1] for call in meetings.call_args_list])
+    return found
+
+
+def test_the_ranks_meet_six_times_in_a_save_of_a_known_structure_and_four_more_in_the_first(tmp_path):
+    planning = ["plan", "gather plans", "plan", "scatter plans"]
+    before, after = ["agree on the step", "compare plans"], ["write", "gather results", "commit", "report"]
+    assert run_ranks(2, count_meetings_of_a_save, str(tmp_path)) == [[before + planning + after, before + after]] * 2
 
 
 BYTES = sum(whole(name).nbytes for name in SHAPES) + 4000

@@ -1,6 +1,7 @@
 """What bites users of torch.distributed.checkpoint, a sentence a test; others are where the thing itself is tested."""
 
 import ast
+import gc
 import inspect
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 import ray_stateful
 from ray_stateful import checkpoint
 from ray_stateful.checkpoint import Saving
-from ray_stateful.errors import DamagedCheckpoint, SaveFailed
+from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, SaveFailed
 from ray_stateful.format.chunks import Box
 from ray_stateful.format.index import from_bytes, to_bytes
 from ray_stateful.ranks import Outcome, Ranks
@@ -204,6 +205,26 @@ def test_the_step_counters_between_large_moments_are_one_request_a_file(tmp_path
     assert len(requests) == 40
     assert statistics.num_requests <= DEFAULT_NUM_FILES
     assert sum(into.item() for into in steps.values()) == 7 * sum(range(40))
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_the_search_for_cycles_is_on_after_an_index_that_is_refused_if_it_was_before(tmp_path, monkeypatch, was_on):
+    def refuse(*args):
+        refused.append(gc.isenabled())
+        raise HostileCheckpoint("here", "no")
+
+    refused = []
+    saved(tmp_path, {"t": torch.arange(10.0)})
+    storage, path = resolve(str(next(tmp_path.glob("checkpoint_s*"))))
+    raw = opening.fetch(storage, path)
+    monkeypatch.setattr(opening.index, "from_bytes", refuse)
+    (gc.enable if was_on else gc.disable)()
+    try:
+        with pytest.raises(HostileCheckpoint):
+            opening.parse(raw)
+        assert (refused, gc.isenabled()) == ([False], was_on)
+    finally:
+        gc.enable()
 
 
 def test_a_file_that_is_shorter_than_it_was_written_is_not_committed(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.stock_item import HEAD_BYTES, data_position
+from ray_stateful.format.torch_item import envelope
 
 
 def saved(value):
@@ -29,6 +30,13 @@ def test_the_bytes_of_every_dtype_and_rank_are_found(dtype, sizes):
     assert position is not None
     found = bytearray(item[position : position + tensor.numel() * tensor.element_size()])
     assert found == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (5,), (2, 3, 4), (40_000,)])
+def test_the_bytes_within_our_own_archive_are_found_as_well(sizes):
+    header, trailer = envelope(torch.bfloat16, sizes)
+    item = header + bytes(2 * torch.Size(sizes).numel()) + trailer
+    assert data_position(item[:HEAD_BYTES], "bfloat16", sizes) == len(header)
 
 
 def test_a_tensor_that_begins_within_its_storage_is_found_there():

@@ -250,8 +250,11 @@ def _ours_again(config):
 
 
 def _refusal(run):
+    # Before anything is written, as a rule.
+    with pytest.raises(RuntimeError, match="an earlier report of this worker failed"):
+        run.prepare_report({})
     try:
-        run.report(run.prepare_report({}), "checkpoint_s0000000099_ffffff")
+        run.report({}, "checkpoint_s0000000099_ffffff")
     except ReportFailed as error:
         return str(error)
     return None

@@ -201,7 +201,7 @@ class Saving:
                 self._prepared = run.prepare_report(self._metrics)
                 structure = structure_digest(planner.describe(), ranks.world_size)
                 digests = [structure, *values_digests(planner.shared_values())]
-        failures, rows = ranks.share("compare plans", outcome, [secrets.randbits(24), *digests])
+        failures, rows = ranks.share("compare plans", outcome, [int(secrets.token_hex(3), 16), *digests])
         self._name = str(CheckpointName(self._step, f"{rows[0][0]:06x}"))
         path = posixpath.join(run.path, self._name)
         _raise_if_any_failed(path, "plan", failures, outcome)

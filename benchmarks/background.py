@@ -145,6 +145,7 @@ def _training(
         began = time.perf_counter()
         for _ in range(max(20, int(train_s / _STEP_S))):
             if waits:
+                # What is measured: a host that waits for its device.
                 time.sleep(_STEP_S)
             else:
                 _compute(matrix, _STEP_S)

@@ -282,6 +282,7 @@ def _serve(store: Store, client: socket.socket) -> None:
             answer = store.answer(request)
             is_control = request.path.startswith("-/")
             if store.latency_s and not is_control:
+                # What was asked for: the way to an object store and back.
                 time.sleep(store.latency_s)
             length = answer.stop - answer.start if answer.stored else len(answer.text)
             has_body = request.method != "HEAD"

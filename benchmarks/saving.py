@@ -72,6 +72,7 @@ class RawStream(Contender):
             os.close(descriptor)
 
     def restore(self, place: Place) -> None:
+        # A contender has both; it is among those that save alone.
         raise NotImplementedError("what was streamed has no names")
 
 

@@ -111,7 +111,7 @@ def _counted(step: Callable[[Saving, Ranks], T]) -> Callable[[Saving, Ranks], T]
     def counted(self: Saving, ranks: Ranks) -> T:
         try:
             return step(self, ranks)
-        except Exception:
+        except Exception:  # whatever it is: counted, and raised again
             self._tell(ranks, meters.of_failed_save(self.clock.stop(), self.clock, ranks.rank))
             raise
 
@@ -386,7 +386,7 @@ def restore(
     rejected: dict[str, str] = {}
     try:
         report = _restore_newest(state, source, to_try, ranks, limits, verify, initial, rejected)
-    except Exception:
+    except Exception:  # whatever it is: counted, and raised again
         meters.tell(run, source.storage, ranks.rank, meters.of_failed_restore(rejected, ranks.rank))
         raise
     if report is None:

@@ -201,7 +201,7 @@ def current_run() -> Run | None:
         return None
     try:
         storage = context.get_storage()
-    except NotImplementedError:
+    except NotImplementedError:  # what Ray raises in its local mode, which has no storage
         return _local_mode_run(context.get_experiment_name())
     if storage is None:
         return None

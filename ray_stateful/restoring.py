@@ -253,7 +253,6 @@ def _read(
     requests: dict[str, list[Request]] = {}
     whole: list[Request] = []
     shards: list[Request] = []
-    classes: list[list[Request]] = [[], []]
     outcome = Outcome()
     # As when writing: to ask a DTensor for its shard by way of autograd takes several times as long.
     with outcome.catch(), torch.no_grad():
@@ -265,7 +264,7 @@ def _read(
                 # A rank part's are nobody else's, or wanted whole by everybody who can use it: not worth telling apart.
                 if not isinstance(contents.part, RankPart):
                     (whole if is_whole(tensor) else shards).extend(wanted)
-        classes = sharing.classes_of(whole, shards)
+    classes = sharing.classes_of(whole, shards)
     failures, digests = ranks.share("plan to read", outcome, sharing.digests(classes))
     _agree("plan to read", failures)
     shared = sharing.share(classes, digests, ranks.rank)

@@ -37,6 +37,7 @@ def gcs_server() -> Iterator[servers.GcsServer]:
 def azure_server() -> Iterator[servers.AzureServer]:
     """An Azurite, started once. Use a container of your own."""
     if servers.AZURITE is None:
+        # From npm, and not from PyPI: what installs the tests can't install it.
         pytest.skip(servers.AZURITE_MISSING)
     with servers.azure_server() as server:
         yield server

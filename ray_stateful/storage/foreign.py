@@ -213,6 +213,7 @@ def _archive_problem(data: bytes) -> str | None:
             pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
             problem = _members_problem(members, len(data))
             problem = problem or next(filter(None, (folding_problem(archive.read(name)) for name in pickles)), None)
+    # NotImplementedError: of a way to compress that zipfile does not know, which torch.save does not use.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         return str(error)
     if problem is not None:

@@ -187,16 +187,16 @@ class PyarrowStorage:
             if in_parts in self._seen:
                 return
             self._seen.add(in_parts)
-        found = None
+        # Without the lock: a look that hangs is given up, and must not hold up the files after it.
         try:
             found = self.size_of(path)
-        finally:
             if found != size:
-                with self._lock:
-                    self._seen.discard(in_parts)
-        if found != size:
-            self.discard(path)
-            raise OSError(errno.EBADMSG, f"wrote {size:,} bytes, and the storage has {found or 0:,}", path)
+                self.discard(path)
+                raise OSError(errno.EBADMSG, f"wrote {size:,} bytes, and the storage has {found or 0:,}", path)
+        except (OSError, MemoryError):
+            with self._lock:
+                self._seen.discard(in_parts)
+            raise
 
     def discard(self, path: str) -> None:
         """Delete file `path` as far as that is possible: a damaged one, which nothing refers to."""

@@ -288,6 +288,7 @@ def retried(
                 raise StorageError(operation, path, cause) from error
             note_retry(operation)
             logger.warning("trying to %s %r again in %.1f s: %s", operation, path, pause, _describe(error))
+        # Not to add to the load that the storage just complained of.
         time.sleep(pause)
     raise AssertionError("pauses have no end")
 

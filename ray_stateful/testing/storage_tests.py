@@ -52,6 +52,7 @@ class StorageTests:
 
     @pytest.fixture
     def storage(self) -> Storage:
+        # For the author of a subclass: pytest's own error would not say what is to be given.
         raise NotImplementedError("give the subclass a fixture called `storage`")
 
     @pytest.fixture

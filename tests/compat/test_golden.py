@@ -14,7 +14,12 @@ from ray_stateful.format.layout import FORMAT_VERSION
 from ray_stateful.storage.uris import resolve
 from tests.compat.make_golden import GOLDEN, Free, expected
 
-RUNS = sorted(path.name for path in GOLDEN.iterdir())
+
+def version_of(golden):
+    return int(golden.split("_")[1])
+
+
+RUNS = sorted((path.name for path in GOLDEN.iterdir()), key=lambda golden: (version_of(golden), golden))
 FILES = sorted(path.name for path in next((GOLDEN / RUNS[-1]).iterdir()).iterdir())
 
 
@@ -50,6 +55,7 @@ def assert_same(found, wanted, where):
 
 
 def test_there_is_a_golden_checkpoint_of_the_present_format():
+    assert version_of(RUNS[-1]) == FORMAT_VERSION
     assert f"format_{FORMAT_VERSION}" in RUNS
 
 

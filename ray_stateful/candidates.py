@@ -1,18 +1,40 @@
-"""Which checkpoints a restore may begin from, newest first: rank 0 asks storage, and all ranks get the answer."""
+"""Which checkpoints a restore may begin from, newest first: rank 0 asks storage, and all ranks get the answer.
+
+One that turns out to be damaged is rejected by all ranks, together.
+"""
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray_stateful.errors import RankFailed
+from ray_stateful.errors import CheckpointError, RankFailed
 from ray_stateful.format import layout
 from ray_stateful.ranks import Failure, Outcome, Ranks
 from ray_stateful.runs import DirectoryRun, Run
 from ray_stateful.storage import opening
 from ray_stateful.storage.uris import located
+
+
+class Rejected(CheckpointError):
+    """A checkpoint can't be used; raised on every rank, with the same words."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def __str__(self) -> str:
+        return self.why
+
+
+def agree(phase: str, failures: Mapping[int, Failure]) -> None:
+    """Damage on any rank rejects the checkpoint on all of them; any other failure ends the restore."""
+    if not failures:
+        return
+    if all(failure.damage for failure in failures.values()):
+        raise Rejected("; ".join(f"rank {rank}: {failure.text}" for rank, failure in sorted(failures.items())))
+    raise RankFailed(f"{phase} the checkpoint", {rank: failure.text for rank, failure in failures.items()})
 
 
 def find(run: Run, checkpoint: Any) -> tuple[Run, str | None]:

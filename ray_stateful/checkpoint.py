@@ -41,14 +41,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from ray_stateful import candidates, meters, parts, ray_train, restoring
 from ray_stateful import initial as initial_weights
-from ray_stateful.candidates import Candidate
+from ray_stateful.candidates import Candidate, Rejected
 from ray_stateful.errors import NoIntactCheckpoint, ReportFailed, SaveFailed, UnevenSteps
 from ray_stateful.format.layout import MAX_STEP, CheckpointName
 from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Failure, Outcome, Ranks, current_rank
 from ray_stateful.ray_meters import Sample
 from ray_stateful.report import ResumeReport, SaveReport
-from ray_stateful.restoring import Rejected
 from ray_stateful.runs import Run, within
 from ray_stateful.stopwatch import Stopwatch
 from ray_stateful.storage.commit import Description, places_digest, repeated

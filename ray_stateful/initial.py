@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 from ray_stateful import meters, parts, restoring
+from ray_stateful.candidates import Rejected
 from ray_stateful.errors import DamagedCheckpoint, NoInitialWeights, StateMismatch
 from ray_stateful.format.checksums import checksum
 from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.report import PartReport, ResumeReport
-from ray_stateful.restoring import Rejected
 from ray_stateful.runs import DirectoryRun, Run
 from ray_stateful.stateful_wrappers import ModelState
 from ray_stateful.storage import weights

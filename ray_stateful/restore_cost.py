@@ -7,13 +7,15 @@ each, the last ones fewer or none). Values that are not tensors are in the index
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ray_stateful.format import layout
 from ray_stateful.format.chunks import Box, intersection
 from ray_stateful.format.index import StoredChunk
 from ray_stateful.format.stock_item import HEAD_BYTES
+from ray_stateful.storage import dealing
+from ray_stateful.storage.dealing import Deal, Span
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.ranges import Piece, ReadLimits, fetches_of, pieces_of
 
@@ -33,42 +35,95 @@ def costs(opened: OpenCheckpoint, num_workers: int, limits: ReadLimits | None = 
     if num_workers < 1:
         raise ValueError(f"workers is {num_workers}; at least one is needed")
     limits = limits or ReadLimits()
-    pieces: dict[tuple[int, str], list[Piece]] = defaultdict(list)
-    wanted, foreign_bytes, foreign_requests = [0] * num_workers, [0] * num_workers, [0] * num_workers
+    wants: list[list[_Want]] = [[] for _ in range(num_workers)]
     saved = opened.manifest.world_size if opened.manifest else num_workers
-    for key, chunks in opened.chunks.items():
-        if chunks[0].dtype is None:
-            continue
-        for chunk, rank, box in _shares(chunks, num_workers, saved):
-            item_bytes = chunk.num_bytes // max(1, chunk.box.num_elements)
-            wanted[rank] += box.num_elements * item_bytes
-            if chunk.data_offset < 0:
-                # Of a foreign item, first the head, which says where the tensor begins. At most: heads that lie close
-                # together are read together.
-                foreign_bytes[rank] += min(HEAD_BYTES, chunk.item_length) + box.num_elements * item_bytes
-                foreign_requests[rank] += 2
-            else:
-                part = str(opened.chunks[key][0].path[0])
-                pieces[rank, part] += pieces_of(chunk, box.relative_to(chunk.box), len(pieces), limits)
-    fetches = {place: fetches_of(of_place, limits) for place, of_place in pieces.items()}
-    read, requests = foreign_bytes, foreign_requests
-    for (rank, _), of_rank in fetches.items():
-        read[rank] += sum(fetch.stop - fetch.start for fetch in of_rank)
-        requests[rank] += len(of_rank)
+    for chunks in opened.chunks.values():
+        if chunks[0].dtype is not None:
+            for chunk, rank, box in _shares(chunks, num_workers, saved):
+                wants[rank].append(_Want(chunk, box.relative_to(chunk.box)))
+    needed = [dealing.weigh((want.chunk, want.box) for want in of_rank)[1] for of_rank in wants]
+    read, requests = [0] * num_workers, [0] * num_workers
+    for rank, num_bytes, num_requests in _asked(opened, wants, limits):
+        read[rank] += num_bytes
+        requests[rank] += num_requests
     return [
-        RankCost(rank=rank, bytes_wanted=wanted[rank], bytes_read=read[rank], num_requests=requests[rank])
+        RankCost(rank=rank, bytes_wanted=needed[rank], bytes_read=read[rank], num_requests=requests[rank])
         for rank in range(num_workers)
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Want:
+    """A box of a stored chunk that a worker needs; offsets within the chunk."""
+
+    chunk: StoredChunk
+    box: Box
+
+    @property
+    def part(self) -> str:
+        return str(self.chunk.path[0])
+
+
+def _asked(
+    opened: OpenCheckpoint, wants: Sequence[Sequence[_Want]], limits: ReadLimits
+) -> Iterator[tuple[int, int, int]]:
+    """Who reads how many bytes, in how many requests."""
+    passes = opened.manifest is not None and len(wants) > 1
+    passes = passes and dealing.pays(
+        dealing.weigh((want.chunk, want.box) for want in of_rank if _owner(want.chunk) is None) for of_rank in wants
+    )
+    asked: list[list[Span]] = []
+    sizes = {} if opened.manifest is None else {name: file.size for name, file in opened.manifest.files.items()}
+    deal = Deal.of(sizes, len(wants))
+    parts = sorted({want.part for of_rank in wants for want in of_rank})
+    for rank, of_rank in enumerate(wants):
+        pieces: dict[str, list[Piece]] = defaultdict(list)
+        spans: set[Span] = set()
+        for number, want in enumerate(of_rank):
+            chunk, box = want.chunk, want.box
+            if chunk.data_offset < 0:
+                # Of a foreign item, first the head, which says where the tensor begins. At most: heads that lie close
+                # together are read together.
+                yield rank, min(HEAD_BYTES, chunk.item_length) + dealing.weigh([(chunk, box)])[1], 2
+            elif passes and dealing.is_small(chunk, box):
+                spans |= {span for span, _ in deal.cut(chunk, box, number, parts.index(want.part), limits)}
+            else:
+                pieces[want.part] += pieces_of(chunk, box, number, limits)
+        for of_part in pieces.values():
+            fetches = fetches_of(of_part, limits)
+            yield rank, sum(fetch.stop - fetch.start for fetch in fetches), len(fetches)
+        asked.append(sorted(spans))
+    yield from _passed_on(deal, asked, limits)
+
+
+def _passed_on(deal: Deal, asked: Sequence[Sequence[Span]], limits: ReadLimits) -> Iterator[tuple[int, int, int]]:
+    """The same of what is read by one for all: window by window, as `storage/passing.py` has it."""
+    readers = [{deal.reader_of(span) for span in of_rank} for of_rank in asked]
+    max_bytes = dealing.window_bytes(max(map(len, readers)))
+    everything: dict[int, set[Span]] = defaultdict(set)
+    for span in {span for of_rank in asked for span in of_rank}:
+        everything[deal.reader_of(span)].add(span)
+    for reader, of_reader in everything.items():
+        spans, begin = sorted(of_reader), 0
+        while (end := dealing.window(spans, begin, max_bytes)) != begin:
+            for groups in deal.requests(dealing.between(spans, begin, end), limits).values():
+                yield reader, sum(stop - first for _, first, stop, _ in groups), len(groups)
+            begin = end
+
+
+def _owner(chunk: StoredChunk) -> str | None:
+    """The step of a chunk's path that says which worker's it is."""
+    step = chunk.path[1] if len(chunk.path) > 1 else None
+    return step if isinstance(step, str) and layout.is_rank_key(step) else None
+
+
 def _shares(chunks: tuple[StoredChunk, ...], num_workers: int, saved: int) -> Iterator[tuple[StoredChunk, int, Box]]:
     """Which box of which stored chunk each worker needs of one tensor."""
-    shape, path = chunks[0].shape, chunks[0].path
-    owner = path[1] if len(path) > 1 and layout.is_rank_key(path[1]) else None
+    shape, owner = chunks[0].shape, _owner(chunks[0])
     for chunk in chunks:
         if chunk.box.num_elements == 0:
             continue
-        rank_of = int(owner.removeprefix("rank_")) if isinstance(owner, str) else num_workers
+        rank_of = num_workers if owner is None else int(owner.removeprefix("rank_"))
         if saved == num_workers and rank_of < num_workers:
             # A value of one worker goes back to that worker; that of a worker there never was is a name like any other.
             yield chunk, rank_of, chunk.box

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Set
 from dataclasses import astuple, replace
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from ray_stateful import matching, parts
-from ray_stateful.candidates import Candidate
-from ray_stateful.errors import CheckpointError, DamagedCheckpoint, RankFailed, ResizeRefused, StateMismatch
+from ray_stateful import joint_reads, matching, parts
+from ray_stateful.candidates import Candidate, Rejected, agree
+from ray_stateful.errors import DamagedCheckpoint, ResizeRefused, StateMismatch
 from ray_stateful.filling import EveryRank, Filled, fill, fill_rank_part, fill_strict
 from ray_stateful.format import layout
 from ray_stateful.format.checksums import checksum
@@ -23,24 +22,13 @@ from ray_stateful.ranks import Failure, Outcome, Ranks
 from ray_stateful.report import ResumeReport
 from ray_stateful.runs import Run
 from ray_stateful.states.part import RankPart, StrictPart, World
-from ray_stateful.storage import opening, sharing, verifying
+from ray_stateful.storage import opening, verifying
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.ranges import ReadLimits
-from ray_stateful.storage.reader import read_requests, requests_of
-from ray_stateful.storage.reading import ReadStatistics, Request
-from ray_stateful.storage.structure import copy_containers, is_whole
+from ray_stateful.storage.reading import ReadStatistics
+from ray_stateful.storage.structure import copy_containers
 
 logger = logging.getLogger(__name__)
-
-
-class Rejected(CheckpointError):
-    """A checkpoint can't be used; raised on every rank, with the same words."""
-
-    def __init__(self, why: str) -> None:
-        self.why = why
-
-    def __str__(self) -> str:
-        return self.why
 
 
 def restore_one(
@@ -97,7 +85,7 @@ def restore_opened(
     if ranks.rank == 0:
         logger.info("restoring %s: %s", opened.name, "; ".join(str(part).strip() for part in foreseen.values()))
 
-    statistics, outcome = _read(run, opened, filled, limits, ranks), Outcome()
+    statistics, outcome = joint_reads.fill(run, opened, filled, limits, ranks), Outcome()
 
     how: dict[str, str] = {}
     for part in parts.loading_order(state):
@@ -127,7 +115,7 @@ def restore_opened(
 def _open(candidate: Candidate) -> OpenCheckpoint:
     """Decoded on every rank, from the same bytes."""
     if isinstance(candidate.described, Failure):
-        _agree("open", {0: candidate.described})
+        agree("open", {0: candidate.described})
     assert isinstance(candidate.described, opening.RawCheckpoint)
     try:
         return opening.parse(candidate.described)
@@ -215,7 +203,7 @@ def _agree_on_problems(
     """
     # As a rule there are none, and one small collective is all it takes to know.
     failures, counts = ranks.share("match the state", outcome, [len(problems) + len(refusals) + len(left_over)])
-    _agree("match", failures)
+    agree("match", failures)
     if not any(number for (number,) in counts):
         return
     everyone = ranks.all_gather("gather what does not fit", (problems, refusals, left_over))
@@ -246,39 +234,6 @@ def _union_of_keys(mappings: Mapping[str, tuple[str | int, ...]], outcome: Outco
     return {key: part for of_rank in ranks.all_gather("gather keys", mine) for key, part in of_rank.items()}
 
 
-def _read(
-    run: Run, opened: OpenCheckpoint, filled: Mapping[str, Filled], limits: ReadLimits | None, ranks: Ranks
-) -> dict[str, ReadStatistics]:
-    """Fill all tensors, each byte read by one of the ranks that want it; what this rank asked of storage, by part."""
-    requests: dict[str, list[Request]] = {}
-    whole: list[Request] = []
-    shards: list[Request] = []
-    outcome = Outcome()
-    # As when writing: to ask a DTensor for its shard by way of autograd takes several times as long.
-    with outcome.catch(), torch.no_grad():
-        for part, contents in filled.items():
-            requests[part] = []
-            for key, tensor in contents.tensors.items():
-                wanted = requests_of(opened.chunks[contents.sources[key]], tensor)
-                requests[part] += wanted
-                # A rank part's are nobody else's, or wanted whole by everybody who can use it: not worth telling apart.
-                if not isinstance(contents.part, RankPart):
-                    (whole if is_whole(tensor) else shards).extend(wanted)
-    classes = sharing.classes_of(whole, shards)
-    failures, digests = ranks.share("plan to read", outcome, sharing.digests(classes))
-    _agree("plan to read", failures)
-    shared = sharing.share(classes, digests, ranks.rank)
-    mine = shared.read_by(ranks.rank)
-    statistics: dict[str, ReadStatistics] = {}
-    with outcome.catch():
-        own = {part: [request for request in of_part if mine(request)] for part, of_part in requests.items()}
-        statistics = read_requests(run.storage, opened.path, own, limits)
-    _agree("read", ranks.failures("read", outcome))
-    # Only now, when all ranks have read all of theirs: what is sent is whole, and everybody is there to receive it.
-    sharing.exchange(shared, ranks)
-    return statistics
-
-
 def _check_saved(part: Any, value: Any) -> tuple[str, ...]:
     check = getattr(part, "check_saved", None)
     return () if check is None else tuple(check(value))
@@ -301,13 +256,4 @@ def _verify_all(run: Run, opened: OpenCheckpoint, ranks: Ranks) -> None:
         for number, (name, file) in enumerate(sorted(opened.manifest.files.items())):
             if number % ranks.world_size == ranks.rank:
                 verifying.verify_file(run.storage, posixpath.join(opened.path, name), file)
-    _agree("verify", ranks.failures("verify", outcome))
-
-
-def _agree(phase: str, failures: Mapping[int, Failure]) -> None:
-    """Damage on any rank rejects the checkpoint on all of them; any other failure ends the restore."""
-    if not failures:
-        return
-    if all(failure.damage for failure in failures.values()):
-        raise Rejected("; ".join(f"rank {rank}: {failure.text}" for rank, failure in sorted(failures.items())))
-    raise RankFailed(f"{phase} the checkpoint", {rank: failure.text for rank, failure in failures.items()})
+    agree("verify", ranks.failures("verify", outcome))

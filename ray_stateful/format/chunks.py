@@ -70,6 +70,16 @@ def span_of(box: Box, sizes: Sequence[int]) -> tuple[int, int]:
     return first, last + 1
 
 
+def run_of(box: Box, sizes: Sequence[int]) -> int:
+    """Elements of `box` of a chunk of `sizes` that follow each other without a gap."""
+    run = 1
+    for size, whole in zip(reversed(box.sizes), reversed(sizes), strict=True):
+        run *= size
+        if size != whole:
+            break
+    return run
+
+
 def split(box: Box, sizes: Sequence[int], max_span: int, max_gap: int) -> Iterator[Box]:
     """Cut `box` of a chunk of `sizes` into boxes that are each worth reading as one span of elements.
 

@@ -58,6 +58,13 @@ def is_item_file(name: str) -> bool:
     return _ITEM_FILE.fullmatch(name) is not None
 
 
+def writer_of(name: str) -> tuple[int, int]:
+    """The rank and the number of which `item_file` made `name`."""
+    match = _ITEM_FILE.fullmatch(name)
+    assert match is not None, name
+    return int(match["rank"]), int(match["number"])
+
+
 def is_file_of_checkpoint(name: str) -> bool:
     """Whether `name` is one that a save gives a file."""
     return name in (MANIFEST, INDEX, DCP_METADATA) or is_item_file(name)

@@ -28,7 +28,7 @@ from ray_stateful.format.stock_item import HEAD_BYTES, data_position
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.dcp_metadata import StorageInfo, is_index
 from ray_stateful.storage.pickle_folds import MAX_DEPTH, MAX_UNFOLDED, folding_problem
-from ray_stateful.storage.ranges import ReadLimits
+from ray_stateful.storage.ranges import ReadLimits, joined
 from ray_stateful.storage.reading import ReadStatistics, Request, read_exactly
 
 # What torch.save adds to the bytes of one tensor is some 2 KiB; a view is saved with its whole storage by some.
@@ -83,24 +83,19 @@ def locate(
     Raises:
         DamagedCheckpoint: an item is cut short.
     """
-    heads = sorted({(c.file, c.item_offset, min(HEAD_BYTES, c.item_length)): c for c in chunks}.items())
-    groups: list[list[tuple[tuple[str, int, int], StoredChunk]]] = []
-    for head in heads:
-        (file, offset, _), last = head[0], groups[-1][-1][0] if groups else None
-        near = last is not None and last[0] == file and offset - last[1] - last[2] <= limits.max_gap_bytes
-        if near and offset + head[0][2] - groups[-1][0][0][1] <= limits.max_fetch_bytes:
-            groups[-1].append(head)
-        else:
-            groups.append([head])
+    heads = {(c.file, c.item_offset, c.item_offset + min(HEAD_BYTES, c.item_length)): c for c in chunks}
+    groups = joined(sorted(heads), lambda head: head, limits)
 
-    def find(group: list[tuple[tuple[str, int, int], StoredChunk]]) -> list[tuple[StoredChunk, StoredChunk | None]]:
-        (file, start, _), (_, last, length) = group[0][0], group[-1][0]
-        data = read_exactly(storage, path, file, start, last + length)
-        return [(c, _placed(c, data[offset - start : offset - start + size])) for (_, offset, size), c in group]
+    def find(
+        group: tuple[str, int, int, list[tuple[str, int, int]]],
+    ) -> list[tuple[StoredChunk, StoredChunk | None]]:
+        file, first, last, members = group
+        data = read_exactly(storage, path, file, first, last)
+        return [(heads[m], _placed(heads[m], data[m[1] - first : m[2] - first])) for m in members]
 
     with ThreadPoolExecutor(max_workers=limits.num_threads, thread_name_prefix="checkpoint-heads") as pool:
         found = [pair for pairs in pool.map(find, groups) for pair in pairs]
-    read = sum(group[-1][0][1] + group[-1][0][2] - group[0][0][1] for group in groups)
+    read = sum(last - first for _, first, last, _ in groups)
     places = {chunk: placed for chunk, placed in found if placed is not None}
     return places, ReadStatistics(bytes_read=read, num_requests=len(groups))
 

@@ -6,12 +6,15 @@ then pieces that lie close together become one fetch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ray_stateful.format.chunks import Box, span_of, split
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.index import StoredChunk
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,22 +87,35 @@ def pieces_of(chunk: StoredChunk, box: Box, target: int, limits: ReadLimits) -> 
 
 def fetches_of(pieces: Iterable[Piece], limits: ReadLimits) -> list[Fetch]:
     """Join pieces that lie close together in a file, up to the size of one fetch."""
-    ordered = sorted(pieces, key=lambda piece: (piece.chunk.file, piece.file_span, piece.target, piece.target_offsets))
-    fetches: list[Fetch] = []
-    group: list[Piece] = []
-    start = stop = 0
-    for piece in ordered:
-        first, last = piece.file_span
-        near = group and piece.chunk.file == group[0].chunk.file and first - stop <= limits.max_gap_bytes
-        # A piece within what is fetched already costs nothing, however full the fetch is.
-        if near and (last <= stop or last - start <= limits.max_fetch_bytes):
-            group.append(piece)
-            stop = max(stop, last)
-            continue
-        fetches += _closed(group, start, stop)
-        group, start, stop = [piece], first, last
-    return [*fetches, *_closed(group, start, stop)]
+    ordered = sorted(pieces, key=lambda piece: (_span_in_file(piece), piece.target, piece.target_offsets))
+    return [
+        Fetch(file, start, stop, tuple(group)) for file, start, stop, group in joined(ordered, _span_in_file, limits)
+    ]
 
 
-def _closed(group: Sequence[Piece], start: int, stop: int) -> list[Fetch]:
-    return [Fetch(group[0].chunk.file, start, stop, tuple(group))] if group else []
+def joined(
+    items: Iterable[T], span: Callable[[T], tuple[str, int, int]], limits: ReadLimits
+) -> list[tuple[str, int, int, list[T]]]:
+    """What is read in one request: file, first and past-the-last byte, and the items that lie there.
+
+    Args:
+        items: Sorted by `span`.
+        span: The file of an item, and its first and past-the-last byte there.
+    """
+    groups: list[tuple[str, int, int, list[T]]] = []
+    for item in items:
+        file, first, last = span(item)
+        if groups:
+            of_group, start, stop, group = groups[-1]
+            # An item within what is fetched already costs nothing, however full the fetch is.
+            fits = last <= stop or last - start <= limits.max_fetch_bytes
+            if file == of_group and first - stop <= limits.max_gap_bytes and fits:
+                groups[-1] = (file, start, max(stop, last), group)
+                group.append(item)
+                continue
+        groups.append((file, first, last, [item]))
+    return groups
+
+
+def _span_in_file(piece: Piece) -> tuple[str, int, int]:
+    return piece.chunk.file, *piece.file_span

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -128,17 +128,27 @@ def verify_blocks(chunk: StoredChunk, blocks: range, data: memoryview, where: st
         raise DamagedCheckpoint(where, f"block at byte {at:,} ({chunk.key!r}) is not what was written")
 
 
-def _fetch(storage: Storage, path: str, fetch: Fetch, targets: Sequence[torch.Tensor]) -> None:
-    data = memoryview(read_exactly(storage, path, fetch.file, fetch.start, fetch.stop))
-    where = posixpath.join(path, fetch.file)
+def place_checked(
+    pieces: Iterable[Piece], targets: Sequence[torch.Tensor], data: memoryview, start: int, where: str
+) -> None:
+    """Copy pieces to their targets out of `data`, from byte `start` of the file on; each block is checked before.
+
+    Raises:
+        DamagedCheckpoint: names the first block that is not what was written.
+    """
     checked: set[tuple[int, int, int]] = set()
-    for piece in fetch.pieces:
-        start, stop = piece.file_span
+    for piece in pieces:
+        first, stop = piece.file_span
         blocks = (piece.chunk.data_offset, piece.blocks.start, piece.blocks.stop)
         if blocks not in checked:
-            verify_blocks(piece.chunk, piece.blocks, data[start - fetch.start : stop - fetch.start], where)
+            verify_blocks(piece.chunk, piece.blocks, data[first - start : stop - start], where)
             checked.add(blocks)
-        _place(piece, data[start - fetch.start : stop - fetch.start], targets[piece.target])
+        _place(piece, data[first - start : stop - start], targets[piece.target])
+
+
+def _fetch(storage: Storage, path: str, fetch: Fetch, targets: Sequence[torch.Tensor]) -> None:
+    data = memoryview(read_exactly(storage, path, fetch.file, fetch.start, fetch.stop))
+    place_checked(fetch.pieces, targets, data, fetch.start, posixpath.join(path, fetch.file))
 
 
 def _place(piece: Piece, data: memoryview, target: torch.Tensor) -> None:

@@ -274,8 +274,10 @@ def test_the_plan_is_what_such_a_restore_reads(tmp_path, num_workers):
         few = small[rank] if rank < len(small) else 0
         # float32 rows of 8, bfloat16 rows of 8, and an int64 that everyone has.
         assert cost.bytes_wanted == rows * 32 + few * 16 + 8
-        assert cost.bytes_wanted <= cost.bytes_read
-        assert cost.num_requests >= 1
+    # Of a state as small as this, what several workers want pieces of is read once, by any one of them.
+    stored = sum(path.stat().st_size for path in Path(uri).glob("*.distcp"))
+    assert 40 * 32 + 8 * 16 + 8 <= sum(cost.bytes_read for cost in costs) <= stored
+    assert sum(cost.num_requests for cost in costs) >= 1
     assert run_json("plan", uri, "--workers", num_workers)["bytes_read"] == sum(cost.bytes_read for cost in costs)
 
 

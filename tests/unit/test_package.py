@@ -24,7 +24,7 @@ LAYERS = [
     {"checkpoint"},
     {"initial"},
     {"restoring"},
-    {"meters", "outcomes"},
+    {"joint_reads", "meters", "outcomes"},
     {"filling"},
     {"candidates", "matching", "parts", "report"},
     {"ray_callbacks", "ray_data"},

@@ -1,0 +1,79 @@
+"""What a restore reads: each byte once, by one of the ranks that want it.
+
+Replicas want the same, and one reads for all of them (`storage/sharing.py`). After a change of the number of workers
+several ranks want small pieces that lie among each other's, and one reads those too (`storage/passing.py`). Whatever
+else a rank wants it reads itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ray_stateful.candidates import agree
+from ray_stateful.filling import Filled
+from ray_stateful.ranks import Outcome, Ranks
+from ray_stateful.runs import Run
+from ray_stateful.states.part import RankPart
+from ray_stateful.storage import dealing, passing, sharing
+from ray_stateful.storage.dealing import Deal
+from ray_stateful.storage.opening import OpenCheckpoint
+from ray_stateful.storage.ranges import ReadLimits
+from ray_stateful.storage.reader import read_requests, requests_of
+from ray_stateful.storage.reading import ReadStatistics, Request
+from ray_stateful.storage.structure import is_whole
+
+
+def fill(
+    run: Run, opened: OpenCheckpoint, filled: Mapping[str, Filled], limits: ReadLimits | None, ranks: Ranks
+) -> dict[str, ReadStatistics]:
+    """Fill all tensors of `filled`; what this rank asked of storage, by part. Collective.
+
+    Raises:
+        Rejected: on every rank; bytes are missing, or not those that were written. Tensors may be filled in part.
+        RankFailed: on every rank; one could not read for another reason.
+    """
+    limits = limits or ReadLimits()
+    requests: dict[str, list[Request]] = {}
+    whole: list[Request] = []
+    shards: list[Request] = []
+    outcome = Outcome()
+    # As when writing: to ask a DTensor for its shard by way of autograd takes several times as long.
+    with outcome.catch(), torch.no_grad():
+        for part, contents in filled.items():
+            requests[part] = []
+            for key, tensor in contents.tensors.items():
+                wanted = requests_of(opened.chunks[contents.sources[key]], tensor)
+                requests[part] += wanted
+                # A rank part's are nobody else's, or wanted whole by everybody who can use it: not worth telling apart.
+                if not isinstance(contents.part, RankPart):
+                    (whole if is_whole(tensor) else shards).extend(wanted)
+    classes = sharing.classes_of(whole, shards)
+    # A foreign checkpoint does not tell all ranks which files there are, and a world of one has nobody to pass on to.
+    sizes = {} if opened.manifest is None else {name: file.size for name, file in opened.manifest.files.items()}
+    can_pass = bool(sizes) and ranks.world_size > 1
+    facts = [*sharing.digests(classes), *dealing.weigh((r.chunk, r.box) for r in (*whole, *shards))]
+    failures, everyone = ranks.share("plan to read", outcome, facts)
+    agree("plan to read", failures)
+    shared = sharing.share(classes, [digests for *digests, _, _ in everyone], ranks.rank)
+    mine = shared.read_by(ranks.rank)
+    own = {part: [request for request in of_part if mine(request)] for part, of_part in requests.items()}
+    passes = can_pass and dealing.pays(weight for _, _, *weight in everyone)
+    alone, together = {}, {}
+    for part, group in own.items():
+        together[part] = [r for r in group if passes and dealing.is_small(r.chunk, r.box)]
+        alone[part] = [r for r in group if not passes or not dealing.is_small(r.chunk, r.box)]
+    statistics = dict.fromkeys(requests, ReadStatistics())
+    with outcome.catch():
+        statistics = read_requests(run.storage, opened.path, alone, limits)
+    if passes:
+        deal = Deal.of(sizes, ranks.world_size)
+        more, failures = passing.read(run.storage, opened.path, deal, together, limits, ranks, outcome)
+        statistics = {part: statistics[part] + more[part] for part in requests}
+    else:
+        failures = ranks.failures("read", outcome)
+    agree("read", failures)
+    # Only now, when all ranks have read all of theirs: what is sent is whole, and everybody is there to receive it.
+    sharing.exchange(shared, ranks)
+    return statistics

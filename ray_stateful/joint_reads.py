@@ -1,7 +1,7 @@
-"""What a restore reads: each byte once, by one of the ranks that want it.
+"""What a restore reads, and which rank reads it for whom.
 
-Replicas want the same, and one reads for all of them (`storage/sharing.py`). After a change of the number of workers
-several ranks want small pieces that lie among each other's, and one reads those too (`storage/passing.py`). Whatever
+Replicas want the same, and one of them reads it for all (`storage/sharing.py`). After a change of the number of workers
+ranks want small pieces that lie among each other's, and one rank reads those of all (`storage/passing.py`). Whatever
 else a rank wants it reads itself.
 """
 
@@ -50,16 +50,13 @@ def fill(
                 if not isinstance(contents.part, RankPart):
                     (whole if is_whole(tensor) else shards).extend(wanted)
     classes = sharing.classes_of(whole, shards)
-    # A foreign checkpoint does not tell all ranks which files there are, and a world of one has nobody to pass on to.
-    sizes = {} if opened.manifest is None else {name: file.size for name, file in opened.manifest.files.items()}
-    can_pass = bool(sizes) and ranks.world_size > 1
     facts = [*sharing.digests(classes), *dealing.weigh((r.chunk, r.box) for r in (*whole, *shards))]
     failures, everyone = ranks.share("plan to read", outcome, facts)
     agree("plan to read", failures)
     shared = sharing.share(classes, [digests for *digests, _, _ in everyone], ranks.rank)
     mine = shared.read_by(ranks.rank)
     own = {part: [request for request in of_part if mine(request)] for part, of_part in requests.items()}
-    passes = can_pass and dealing.pays(weight for _, _, *weight in everyone)
+    passes = dealing.pays(opened.manifest, [weight for _, _, *weight in everyone])
     alone, together = {}, {}
     for part, group in own.items():
         together[part] = [r for r in group if passes and dealing.is_small(r.chunk, r.box)]
@@ -67,8 +64,10 @@ def fill(
     statistics = dict.fromkeys(requests, ReadStatistics())
     with outcome.catch():
         statistics = read_requests(run.storage, opened.path, alone, limits)
-    if passes:
-        deal = Deal.of(sizes, ranks.world_size)
+    if opened.manifest is not None and passes:
+        # Of the same parts on all ranks, whichever of their tensors are here.
+        restored = (row for rows in opened.chunks.values() for row in rows if row.path[0] in filled and row.dtype)
+        deal = Deal.of(opened.manifest.sizes, restored, ranks.world_size)
         more, failures = passing.read(run.storage, opened.path, deal, together, limits, ranks, outcome)
         statistics = {part: statistics[part] + more[part] for part in requests}
     else:

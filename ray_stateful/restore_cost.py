@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from ray_stateful.format import layout
 from ray_stateful.format.chunks import Box, intersection
@@ -68,13 +69,14 @@ def _asked(
     opened: OpenCheckpoint, wants: Sequence[Sequence[_Want]], limits: ReadLimits
 ) -> Iterator[tuple[int, int, int]]:
     """Who reads how many bytes, in how many requests."""
-    passes = opened.manifest is not None and len(wants) > 1
-    passes = passes and dealing.pays(
+    # As `joint_reads.py` decides: what is a rank's own is not counted.
+    weights = [
         dealing.weigh((want.chunk, want.box) for want in of_rank if _owner(want.chunk) is None) for of_rank in wants
-    )
+    ]
+    passes = dealing.pays(opened.manifest, weights)
     asked: list[list[Span]] = []
-    sizes = {} if opened.manifest is None else {name: file.size for name, file in opened.manifest.files.items()}
-    deal = Deal.of(sizes, len(wants))
+    restored = (row for rows in opened.chunks.values() for row in rows if row.dtype)
+    deal = Deal.of(opened.manifest.sizes if opened.manifest else {}, restored, len(wants))
     parts = sorted({want.part for of_rank in wants for want in of_rank})
     for rank, of_rank in enumerate(wants):
         pieces: dict[str, list[Piece]] = defaultdict(list)
@@ -98,15 +100,15 @@ def _asked(
 
 def _passed_on(deal: Deal, asked: Sequence[Sequence[Span]], limits: ReadLimits) -> Iterator[tuple[int, int, int]]:
     """The same of what is read by one for all: window by window, as `storage/passing.py` has it."""
-    readers = [{deal.reader_of(span) for span in of_rank} for of_rank in asked]
-    max_bytes = dealing.window_bytes(max(map(len, readers)))
-    everything: dict[int, set[Span]] = defaultdict(set)
-    for span in {span for of_rank in asked for span in of_rank}:
-        everything[deal.reader_of(span)].add(span)
-    for reader, of_reader in everything.items():
-        spans, begin = sorted(of_reader), 0
-        while (end := dealing.window(spans, begin, max_bytes)) != begin:
-            for groups in deal.requests(dealing.between(spans, begin, end), limits).values():
+    num_readers = max(len({deal.reader_of(span) for span in of_rank}) for of_rank in asked)
+    max_bytes = dealing.window_bytes(num_readers, limits)
+    everything: dict[int, list[Span]] = defaultdict(list)
+    for span in sorted(chain.from_iterable(asked)):
+        everything[deal.reader_of(span)].append(span)
+    for reader, spans in everything.items():
+        begin = 0
+        while (end := dealing.window(spans, begin, max_bytes, limits)) != begin:
+            for groups in deal.requests(sorted(set(dealing.between(spans, begin, end))), limits).values():
                 yield reader, sum(stop - first for _, first, stop, _ in groups), len(groups)
             begin = end
 

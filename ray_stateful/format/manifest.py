@@ -50,6 +50,11 @@ class Manifest:
         """Bytes of all files, the manifest itself left out."""
         return sum(file.size for file in self.files.values())
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each file in bytes, by its name."""
+        return {name: file.size for name, file in self.files.items()}
+
     def to_json(self) -> bytes:
         """The manifest file. Its last entry is the checksum of all the others, so that it can vouch for itself."""
         body = asdict(self)

@@ -218,7 +218,7 @@ def commit_again(
 
 def _check_readable(path: str, manifest: Manifest, index_bytes: bytes) -> None:
     # What no reader would take is not committed: the first to find out must not be the restore that needs it.
-    sizes = {name: file.size for name, file in manifest.files.items()}
+    sizes = manifest.sizes
     opening.parse(opening.RawCheckpoint(path=path, sizes=sizes, manifest=manifest.to_json(), index=index_bytes))
 
 

@@ -1,15 +1,15 @@
 """Which rank reads which bytes, where several want small pieces of the same chunks. Pure; no torch.
 
-The item files are laid end to end, in the order of the ranks that wrote them, and each rank reads an equal run of
-that. So nobody has to be told who wants what; and as shards lie in the order of ranks, then as now, most of a run is
-what its reader wants itself.
+The item files are laid end to end, in the order of the ranks that wrote them, and each rank reads a run of that, with
+as much as the others of what is restored. So nobody has to be told who wants what; and as shards lie in the order of
+ranks, then as now, most of a run is what its reader wants itself.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
@@ -17,6 +17,7 @@ from ray_stateful.format import layout
 from ray_stateful.format.chunks import Box, run_of
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.manifest import Manifest
 from ray_stateful.storage.ranges import Piece, ReadLimits, joined, pieces_of
 
 # Fewer bytes than this for each request that it saves are sooner read along with much else, and sent, than asked for.
@@ -25,12 +26,12 @@ _WORTH_A_REQUEST = 256 << 10
 # A run of bytes that has a request of its own in any case.
 _LARGE_BYTES = 1 << 20
 
-# What one request asks for at most, so that several of a window are made at the same time.
+# What one request asks for at most, so that several of a large window are made at the same time.
 _FETCH_BYTES = 4 << 20
 
-# What a rank is sent at a time by all the readers it has; and what one of them reads for that at the least.
+# What a rank is sent at a time by all the readers it has; and what one of them sends at the least, to all ranks.
 _WINDOW_BYTES = 64 << 20
-_LEAST_WINDOW_BYTES = 1 << 20
+_LEAST_WINDOW_BYTES = 2 << 20
 
 
 def weigh(wanted: Iterable[tuple[StoredChunk, Box]]) -> tuple[int, int]:
@@ -46,10 +47,13 @@ def weigh(wanted: Iterable[tuple[StoredChunk, Box]]) -> tuple[int, int]:
     return num_runs, num_bytes
 
 
-def pays(weights: Iterable[Sequence[int]]) -> bool:
-    """Whether to pass on, from what `weigh` says of every rank."""
+def pays(manifest: Manifest | None, weights: Sequence[Sequence[int]]) -> bool:
+    """Whether to pass on, from what `weigh` says of every rank.
+
+    Not of a foreign checkpoint, which has no manifest: its files are not known to all ranks.
+    """
     num_runs, num_bytes = map(sum, zip(*weights, strict=True))
-    return num_runs > 0 and num_bytes <= num_runs * _WORTH_A_REQUEST
+    return manifest is not None and len(weights) > 1 and num_runs > 0 and num_bytes <= num_runs * _WORTH_A_REQUEST
 
 
 def is_small(chunk: StoredChunk, box: Box) -> bool:
@@ -76,25 +80,38 @@ class Span:
 class Deal:
     """The item files end to end. A position counts bytes from the beginning of the first.
 
-    `starts` has the position of each file's first byte, and `stop` the one after the last file's last.
+    `starts` has the position of each file's first byte, and `runs` where the run of each rank but the first begins.
     """
 
     files: tuple[str, ...]
     starts: tuple[int, ...]
-    stop: int
     start_of: Mapping[str, int]
-    world_size: int
+    runs: tuple[int, ...]
 
     @classmethod
-    def of(cls, sizes: Mapping[str, int], world_size: int) -> Deal:
-        """Deal files of `sizes` bytes out to `world_size` ranks; what is no item file is left out."""
+    def of(cls, sizes: Mapping[str, int], restored: Iterable[StoredChunk], world_size: int) -> Deal:
+        """Deal files of `sizes` bytes out to `world_size` ranks; what is no item file is left out.
+
+        Args:
+            restored: Chunks that somebody wants; within a file, all that is between the first and the last of them is
+                taken to be wanted.
+        """
         files = tuple(sorted(filter(layout.is_item_file, sizes), key=layout.writer_of))
-        *starts, stop = accumulate((sizes[file] for file in files), initial=0)
-        return cls(files, tuple(starts), stop, dict(zip(files, starts, strict=True)), world_size)
+        starts = tuple(accumulate((sizes[file] for file in files[:-1]), initial=0)) if files else ()
+        extents: dict[str, tuple[int, int]] = {}
+        for chunk in restored:
+            first, stop = extents.get(chunk.file, (chunk.data_offset, 0))
+            extents[chunk.file] = min(first, chunk.data_offset), max(stop, chunk.data_offset + chunk.num_bytes)
+        wanted = [
+            (start + extents[file][0], start + extents[file][1])
+            for file, start in zip(files, starts, strict=True)
+            if file in extents
+        ]
+        return cls(files, starts, dict(zip(files, starts, strict=True)), tuple(_equal_runs(wanted, world_size)))
 
     def reader_of(self, span: Span) -> int:
         """The rank in whose run `span` begins."""
-        return span.begin * self.world_size // self.stop
+        return bisect_right(self.runs, span.begin)
 
     def place(self, span: Span) -> tuple[str, int, int]:
         """The file of a span, and its first and past-the-last byte there."""
@@ -120,37 +137,48 @@ class Deal:
         return {part: joined(group, self.place, limits) for part, group in of_part.items()}
 
 
-def window_bytes(num_readers: int) -> int:
-    """What a reader reads at a time, where a rank has `num_readers` at most."""
-    return max(_LEAST_WINDOW_BYTES, _WINDOW_BYTES // max(1, num_readers))
+def window_bytes(num_readers: int, limits: ReadLimits) -> int:
+    """What a reader sends at a time, where a rank has `num_readers` at most; no more than it reads at a time anyway."""
+    most = max(_LEAST_WINDOW_BYTES, _WINDOW_BYTES // max(1, num_readers))
+    return min(most, limits.max_fetch_bytes * limits.num_threads)
 
 
-def window(spans: Sequence[Span], begin: int, max_bytes: int) -> int:
+def window(spans: Sequence[Span], begin: int, max_bytes: int, limits: ReadLimits) -> int:
     """How far a reader gets with `max_bytes`: the position before which what begins is read now.
 
     Args:
-        spans: All that is wanted, sorted; they may overlap.
+        spans: All that is wanted, sorted, each as often as it is; they may overlap.
         begin: Where the window before this one ended.
+        max_bytes: Of spans, and of what is read along between them.
 
     Returns:
         `begin` if nothing is left. In a window is at least what begins at one place, whatever its size.
     """
     total, covered, last = 0, begin, begin
+    rest = (spans[number] for number in range(bisect_left(spans, begin, key=_begin), len(spans)))
     # What begins at one place is not told apart by where it begins.
-    for first, group in groupby(between(spans, begin, None), key=_begin):
-        stop = max(span.stop for span in group)
-        added = max(0, stop - max(first, covered))
-        if total and total + added > max_bytes:
+    for first, group in groupby(rest, key=_begin):
+        lengths = list(map(len, group))
+        gap = first - covered if total and 0 < first - covered <= limits.max_gap_bytes else 0
+        if total and total + gap + sum(lengths) > max_bytes:
             return first
-        total, covered, last = total + added, max(covered, stop), first
+        total, covered, last = total + gap + sum(lengths), max(covered, first + max(lengths)), first
     return last + 1 if total else begin
 
 
-def between(spans: Sequence[Span], begin: int, end: int | None) -> Sequence[Span]:
+def between(spans: Sequence[Span], begin: int, end: int) -> Sequence[Span]:
     """Those of sorted `spans` that begin at `begin` or after it, and before `end`."""
-    stop = len(spans) if end is None else bisect_left(spans, end, key=_begin)
-    return spans[bisect_left(spans, begin, key=_begin) : stop]
+    return spans[bisect_left(spans, begin, key=_begin) : bisect_left(spans, end, key=_begin)]
 
 
 def _begin(span: Span) -> int:
     return span.begin
+
+
+def _equal_runs(wanted: Sequence[tuple[int, int]], num_runs: int) -> Iterator[int]:
+    """Where runs begin, but for the first, that have equally many of the `wanted` positions, which are sorted."""
+    before = list(accumulate((stop - first for first, stop in wanted), initial=0))
+    for number in range(1, num_runs):
+        share = before[-1] * number // num_runs
+        extent = bisect_right(before, share) - 1
+        yield wanted[extent][0] + share - before[extent] if extent < len(wanted) else 0

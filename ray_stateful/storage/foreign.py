@@ -13,8 +13,8 @@ import posixpath
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ray_stateful.storage.base import Storage
 from ray_stateful.storage.dcp_metadata import StorageInfo, is_index
 from ray_stateful.storage.pickle_folds import MAX_DEPTH, MAX_UNFOLDED, folding_problem
 from ray_stateful.storage.ranges import ReadLimits, joined
-from ray_stateful.storage.reading import ReadStatistics, Request, read_exactly
+from ray_stateful.storage.reading import ReadStatistics, Request, in_threads, read_exactly
 
 # What torch.save adds to the bytes of one tensor is some 2 KiB; a view is saved with its whole storage by some.
 MAX_ENVELOPE_BYTES = 1 << 20
@@ -93,8 +93,7 @@ def locate(
         data = read_exactly(storage, path, file, first, last)
         return [(heads[m], _placed(heads[m], data[m[1] - first : m[2] - first])) for m in members]
 
-    with ThreadPoolExecutor(max_workers=limits.num_threads, thread_name_prefix="checkpoint-heads") as pool:
-        found = [pair for pairs in pool.map(find, groups) for pair in pairs]
+    found = [pair for pairs in in_threads([partial(find, group) for group in groups], limits) for pair in pairs]
     read = sum(last - first for _, first, last, _ in groups)
     places = {chunk: placed for chunk, placed in found if placed is not None}
     return places, ReadStatistics(bytes_read=read, num_requests=len(groups))
@@ -123,8 +122,7 @@ def read(storage: Storage, path: str, requests: Sequence[Request]) -> ReadStatis
         for dim, (offset, size) in enumerate(zip(request.box.offsets, request.box.sizes, strict=True)):
             tensor = tensor.narrow(dim, offset, size)
         request.into.detach().copy_(tensor)
-        wanted = request.box.num_elements * ITEM_BYTES[chunk.dtype or ""]
-        statistics += ReadStatistics(chunk.item_length, wanted, 1)
+        statistics += ReadStatistics(chunk.item_length, request.num_bytes, 1)
     return statistics
 
 

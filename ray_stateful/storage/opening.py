@@ -134,7 +134,7 @@ def fetch_description(storage: Storage, path: str) -> RawCheckpoint:
         return fetch(storage, path)
     manifest = Manifest.from_json(data, posixpath.join(path, layout.MANIFEST))
     _check_name(path, manifest)
-    sizes = {name: file.size for name, file in manifest.files.items()}
+    sizes = manifest.sizes
     _check_bounded(path, layout.INDEX, sizes)
     # No more than that, however long the file is: these sizes are what the manifest claims.
     found = _read(storage, path, layout.INDEX, sizes[layout.INDEX])
@@ -171,7 +171,7 @@ def parse(raw: RawCheckpoint) -> OpenCheckpoint:
     where = posixpath.join(raw.path, layout.INDEX)
     if checksum(raw.index) != manifest.files[layout.INDEX].xxh3:
         raise DamagedCheckpoint(where, "its checksum is not the one in the manifest")
-    sizes = {name: file.size for name, file in manifest.files.items()}
+    sizes = manifest.sizes
     with _collector_paused():
         opened = _opened(raw.path, manifest, index.from_bytes(raw.index, where, sizes))
     unknown = {row.path[0] for row in opened.first_rows()} - set(manifest.parts) if manifest.parts else set()

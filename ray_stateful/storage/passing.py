@@ -8,7 +8,7 @@ for a request of its own, every rank reads for itself.
 1. (all) tell each reader what this rank wants of its run of bytes;
 2. (all) read a window of their run, in as few requests as `ReadLimits` allows;
 3. (all) agree that it was read, and how far each reader got;
-4. (all) send and receive; check and copy what came; again from 2, until all runs are read.
+4. (all) send and receive; check and copy what came; again from 2, until nothing is left to read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import posixpath
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain, count, pairwise
 
@@ -27,9 +26,9 @@ import torch.distributed as dist
 
 from ray_stateful.ranks import Failure, Outcome, Ranks
 from ray_stateful.storage.base import Storage
-from ray_stateful.storage.dealing import Deal, Span, between, weigh, window, window_bytes
+from ray_stateful.storage.dealing import Deal, Span, between, window, window_bytes
 from ray_stateful.storage.ranges import Piece, ReadLimits
-from ray_stateful.storage.reading import ReadStatistics, Request, place_checked, read_exactly
+from ray_stateful.storage.reading import ReadStatistics, Request, in_threads, place_checked, read_exactly
 
 
 def read(
@@ -52,104 +51,100 @@ def read(
         filled in part, with bytes that were checked.
     """
     names = sorted(requests)
-    statistics = {
-        name: ReadStatistics(bytes_wanted=weigh((r.chunk, r.box) for r in requests[name])[1]) for name in names
-    }
-    targets = [request.into.detach() for name in names for request in requests[name]]
-    wanted: dict[Span, list[Piece]] = {}
+    took = {name: ReadStatistics(bytes_wanted=sum(r.num_bytes for r in requests[name])) for name in names}
+    wanted = _Wanted(path, deal, [request.into.detach() for name in names for request in requests[name]])
     asked: list[list[Span]] = [[] for _ in range(ranks.world_size)]
     with outcome.catch():
-        wanted = _wanted(deal, [requests[name] for name in names], limits)
-        for span in sorted(wanted):
+        wanted.cut([requests[name] for name in names], limits)
+        for span in sorted(wanted.pieces):
             asked[deal.reader_of(span)].append(span)
-    failures, counts = ranks.share("ask for pieces", outcome, [len(spans) for spans in asked])
+    failures, facts = ranks.share("ask for pieces", outcome, [sum(map(bool, asked))])
     if failures:
-        return statistics, failures
-    to_read = _tell(asked, [of_rank[ranks.rank] for of_rank in counts], ranks)
-    everything = sorted({span for spans in to_read for span in spans})
-    max_bytes = window_bytes(max(sum(number > 0 for number in of_rank) for of_rank in counts))
-
-    def fill(spans: Sequence[Span], data: Iterable[memoryview]) -> None:
-        for span, of_span in zip(spans, data, strict=True):
-            file, start, _ = deal.place(span)
-            place_checked(wanted[span], targets, of_span, start, posixpath.join(path, file))
-
+        return took, failures
+    to_read = _tell(asked, ranks)
+    everything = sorted(chain.from_iterable(to_read))
+    max_bytes = window_bytes(max(num_readers for (num_readers,) in facts), limits)
     # How far each reader got.
     reached = [0] * ranks.world_size
     while True:
         begin = end = reached[ranks.rank]
-        answers: list[list[memoryview]] = []
+        to_send, num_sent = _host_bytes(0), [0] * ranks.world_size
         with outcome.catch():
             if outcome.error is None:
-                end = window(everything, begin, max_bytes)
-                fetched, found = _fetch(storage, path, deal, between(everything, begin, end), names, limits)
-                statistics = {name: statistics[name] + found[name] for name in names}
-                for rank, spans in enumerate(to_read):
-                    data = list(map(fetched.of, between(spans, begin, end)))
-                    if rank == ranks.rank:
-                        fill(between(spans, begin, end), data)
-                    answers.append([] if rank == ranks.rank else data)
+                end = window(everything, begin, max_bytes, limits)
+                now = [between(spans, begin, end) for spans in to_read]
+                fetched = _fetch(storage, path, deal, sorted(set(chain.from_iterable(now))), limits)
+                took = {name: took[name] + fetched.took(part) for part, name in enumerate(names)}
+                wanted.fill(now[ranks.rank], map(fetched.of, now[ranks.rank]))
+                now[ranks.rank] = []
+                to_send, num_sent = _packed(now, fetched)
+                del fetched
         failures, ends = ranks.share("read", outcome, [end])
         before, reached = reached, [end for (end,) in ends]
         # Also when nothing is left to read: this is where a block that came damaged is told.
         if failures or reached == before:
-            return statistics, failures
+            return took, failures
         expected = [between(spans, *run) for spans, run in zip(asked, zip(before, reached, strict=True), strict=True)]
         expected[ranks.rank] = []
-        received = _send(answers, [sum(map(len, spans)) for spans in expected], ranks)
+        num_received = [sum(map(len, spans)) for spans in expected]
+        received = _host_bytes(sum(num_received))
+        _all_to_all("send what was read", received, to_send, num_received, num_sent, ranks)
         with outcome.catch():
-            every = [span for spans in expected for span in spans]
-            stops = list(accumulate(map(len, every), initial=0))
-            fill(every, (received[first:stop] for first, stop in pairwise(stops)))
+            _unpack(wanted, list(chain.from_iterable(expected)), received)
+        # Before the next window is in memory.
+        del received
 
 
-def _wanted(deal: Deal, requests: Iterable[Iterable[Request]], limits: ReadLimits) -> dict[Span, list[Piece]]:
-    """The spans of what is wanted, and the pieces that are cut from each; a piece's target is its request's number."""
-    number = count()
-    wanted: dict[Span, list[Piece]] = defaultdict(list)
-    for part, group in enumerate(requests):
-        for request in group:
-            for span, piece in deal.cut(request.chunk, request.box, next(number), part, limits):
-                wanted[span].append(piece)
-    return wanted
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What this rank wants: the pieces that lie in each span, and the tensors they go to."""
+
+    path: str
+    deal: Deal
+    targets: Sequence[torch.Tensor]
+    pieces: dict[Span, list[Piece]] = field(default_factory=lambda: defaultdict(list))
+
+    def cut(self, requests: Iterable[Iterable[Request]], limits: ReadLimits) -> None:
+        """Add what `requests` want, by part; the number of a request is that of its tensor."""
+        number = count()
+        for part, group in enumerate(requests):
+            for request in group:
+                for span, piece in self.deal.cut(request.chunk, request.box, next(number), part, limits):
+                    self.pieces[span].append(piece)
+
+    def fill(self, spans: Iterable[Span], data: Iterable[memoryview]) -> None:
+        """Check the bytes of each span, and copy its pieces.
+
+        Raises:
+            DamagedCheckpoint: names the first block that is not what was written.
+        """
+        for span, of_span in zip(spans, data, strict=True):
+            file, start, _ = self.deal.place(span)
+            place_checked(self.pieces[span], self.targets, of_span, start, posixpath.join(self.path, file))
 
 
-def _tell(asked: Sequence[Sequence[Span]], num_rows: Sequence[int], ranks: Ranks) -> list[list[Span]]:
-    """What each rank wants of this one. Collective.
-
-    Args:
-        asked: What this rank wants of each.
-        num_rows: How many spans each of them wants.
-    """
+def _tell(asked: Sequence[Sequence[Span]], ranks: Ranks) -> list[list[Span]]:
+    """What each rank wants of this one, from what this one wants of each. Collective."""
+    num_asked = torch.tensor([len(spans) for spans in asked], dtype=torch.int64, device="cpu")
+    num_told = torch.empty_like(num_asked)
+    once = [1] * ranks.world_size
+    _all_to_all("ask for pieces", num_told, num_asked, once, once, ranks)
     flat = [number for spans in asked for span in spans for number in (span.begin, span.stop, span.part)]
     rows = torch.tensor(flat, dtype=torch.int64, device="cpu").view(-1, 3)
-    received = torch.empty((sum(num_rows), 3), dtype=torch.int64, device="cpu")
-    _all_to_all("ask for pieces", received, rows, num_rows, [len(spans) for spans in asked], ranks)
-    return [[Span(*row) for row in of_rank.tolist()] for of_rank in torch.split(received, list(num_rows))]
-
-
-def _send(answers: Sequence[Sequence[memoryview]], num_bytes: Sequence[int], ranks: Ranks) -> memoryview:
-    """Send each rank its bytes; `num_bytes` from each of them, in the order of ranks. Collective."""
-    num_sent = [sum(map(len, of_rank)) for of_rank in answers]
-    sent = torch.empty(sum(num_sent), dtype=torch.uint8, device="cpu")
-    buffer, stop = sent.numpy().data, 0
-    for data in chain.from_iterable(answers):
-        begin, stop = stop, stop + len(data)
-        buffer[begin:stop] = data
-    received = torch.empty(sum(num_bytes), dtype=torch.uint8, device="cpu")
-    _all_to_all("send what was read", received, sent, num_bytes, num_sent, ranks)
-    return received.numpy().data
+    told = torch.empty((int(num_told.sum()), 3), dtype=torch.int64, device="cpu")
+    _all_to_all("ask for pieces", told, rows, num_told.tolist(), num_asked.tolist(), ranks)
+    return [[Span(*row) for row in of_rank.tolist()] for of_rank in torch.split(told, num_told.tolist())]
 
 
 def _all_to_all(
     phase: str,
     received: torch.Tensor,
     sent: torch.Tensor,
-    num_received: Sequence[int],
-    num_sent: Sequence[int],
+    num_received: list[int],
+    num_sent: list[int],
     ranks: Ranks,
 ) -> None:
-    exchange = partial(dist.all_to_all_single, received, sent, list(num_received), list(num_sent), group=ranks.group)
+    exchange = partial(dist.all_to_all_single, received, sent, num_received, num_sent, group=ranks.group)
     ranks.within_deadline(phase, exchange)
 
 
@@ -165,25 +160,37 @@ class _Fetched:
         first = span.begin - self.begins[span.part][number]
         return self.data[span.part][number][first : first + len(span)]
 
+    def took(self, part: int) -> ReadStatistics:
+        data = self.data.get(part, [])
+        return ReadStatistics(bytes_read=sum(map(len, data)), num_requests=len(data))
 
-def _fetch(
-    storage: Storage, path: str, deal: Deal, spans: Sequence[Span], names: Sequence[str], limits: ReadLimits
-) -> tuple[_Fetched, dict[str, ReadStatistics]]:
-    """Read `spans`, which are sorted; what it took, by the names of the parts."""
-    groups = deal.requests(spans, limits)
-    with ThreadPoolExecutor(max_workers=limits.num_threads, thread_name_prefix="checkpoint-read") as pool:
-        jobs = {
-            part: [pool.submit(read_exactly, storage, path, file, first, stop) for file, first, stop, _ in of_part]
-            for part, of_part in groups.items()
-        }
-        try:
-            data = {part: [memoryview(job.result()) for job in of_part] for part, of_part in jobs.items()}
-        except BaseException:
-            # As of what a rank reads for itself: nothing more is worth reading.
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    begins = {part: [group[0].begin for *_, group in of_part] for part, of_part in groups.items()}
-    found = dict.fromkeys(names, ReadStatistics())
-    for part, of_part in groups.items():
-        found[names[part]] = ReadStatistics(sum(stop - first for _, first, stop, _ in of_part), 0, len(of_part))
-    return _Fetched(begins, data), found
+
+def _fetch(storage: Storage, path: str, deal: Deal, spans: Sequence[Span], limits: ReadLimits) -> _Fetched:
+    """Read `spans`, which are sorted."""
+    groups = [(part, group) for part, of_part in deal.requests(spans, limits).items() for group in of_part]
+    jobs = [partial(read_exactly, storage, path, file, first, stop) for _, (file, first, stop, _) in groups]
+    fetched = _Fetched(defaultdict(list), defaultdict(list))
+    for (part, (*_, members)), data in zip(groups, in_threads(jobs, limits), strict=True):
+        fetched.begins[part].append(members[0].begin)
+        fetched.data[part].append(memoryview(data))
+    return fetched
+
+
+def _packed(spans: Sequence[Sequence[Span]], fetched: _Fetched) -> tuple[torch.Tensor, list[int]]:
+    """The bytes of `spans` one behind the other, and how many they are for each rank."""
+    num_bytes = [sum(map(len, of_rank)) for of_rank in spans]
+    packed = _host_bytes(sum(num_bytes))
+    buffer, stop = packed.numpy().data, 0
+    for span in chain.from_iterable(spans):
+        begin, stop = stop, stop + len(span)
+        buffer[begin:stop] = fetched.of(span)
+    return packed, num_bytes
+
+
+def _unpack(wanted: _Wanted, spans: Sequence[Span], packed: torch.Tensor) -> None:
+    buffer, stops = packed.numpy().data, accumulate(map(len, spans), initial=0)
+    wanted.fill(spans, (buffer[begin:stop] for begin, stop in pairwise(stops)))
+
+
+def _host_bytes(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")

@@ -22,8 +22,8 @@ class ReadLimits:
     """How a rank reads.
 
     `max_fetch_bytes` is what one request asks for at most (a block may add a little), `max_gap_bytes` what is read
-    along and thrown away rather than ask twice, and `num_threads` how many requests are under way: memory is bounded
-    by their product.
+    along and thrown away rather than ask twice, and `num_threads` how many requests are under way: what a rank reads at
+    a time is bounded by the product of the first and the last.
     """
 
     max_fetch_bytes: int = 8 << 20

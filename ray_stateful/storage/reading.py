@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from ray_stateful.storage import streams
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.ranges import Fetch, Piece, ReadLimits, fetches_of, pieces_of
 
+T = TypeVar("T")
+
 # Elements are moved as unsigned integers of their size: numpy has no bfloat16 and no float8, and need not care.
 _AS_TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 _AS_NUMPY: dict[int, Any] = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
@@ -32,6 +35,11 @@ class Request:
     chunk: StoredChunk
     box: Box
     into: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the box, as it is stored."""
+        return self.box.num_elements * ITEM_BYTES[self.chunk.dtype or ""]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,30 +70,32 @@ def read(
     limits = limits or ReadLimits()
     plans = {name: _planned(requests, limits) for name, requests in groups.items()}
     filled = [target for _, targets in plans.values() for target in targets]
+    jobs = [partial(_fetch, storage, path, fetch, targets) for fetches, targets in plans.values() for fetch in fetches]
     streams.wait_before_other_threads(filled)
-    with ThreadPoolExecutor(max_workers=limits.num_threads, thread_name_prefix="checkpoint-read") as pool:
-        jobs = [
-            pool.submit(_fetch, storage, path, fetch, targets)
-            for fetches, targets in plans.values()
-            for fetch in fetches
-        ]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            # Nothing more is worth reading: the checkpoint is damaged, or storage is out of reach.
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        finally:
-            streams.wait_for_other_threads(filled)
+    try:
+        in_threads(jobs, limits)
+    finally:
+        streams.wait_for_other_threads(filled)
     return {
         name: ReadStatistics(
             bytes_read=sum(fetch.stop - fetch.start for fetch in fetches),
-            bytes_wanted=sum(r.box.num_elements * ITEM_BYTES[r.chunk.dtype or ""] for r in groups[name]),
+            bytes_wanted=sum(request.num_bytes for request in groups[name]),
             num_requests=len(fetches),
         )
         for name, (fetches, _) in plans.items()
     }
+
+
+def in_threads(jobs: Sequence[Callable[[], T]], limits: ReadLimits) -> list[T]:
+    """What each job returns, as many at a time as `limits` allows; the first error ends all that have not begun."""
+    with ThreadPoolExecutor(max_workers=limits.num_threads, thread_name_prefix="checkpoint-read") as pool:
+        under_way = [pool.submit(job) for job in jobs]
+        try:
+            return [job.result() for job in under_way]
+        except BaseException:
+            # Nothing more is worth reading: the checkpoint is damaged, or storage is out of reach.
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _planned(requests: Sequence[Request], limits: ReadLimits) -> tuple[list[Fetch], list[torch.Tensor]]:

@@ -1,14 +1,19 @@
 """Who reads what several ranks want pieces of: every byte has one reader, and readers have equal runs."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_stateful.format.chunks import Box
 from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.manifest import Manifest
 from ray_stateful.storage.dealing import Deal, Span, between, is_small, pays, weigh, window, window_bytes
+from ray_stateful.storage.ranges import ReadLimits, joined
 
 MIB = 1 << 20
+MANIFEST = Manifest(step=1, samples=0, world_size=4, attempt="abcdef", parts=(), files={})
 
 # Names of item files, out of order, and their sizes; some are empty.
 FILES = st.dictionaries(
@@ -17,8 +22,7 @@ FILES = st.dictionaries(
     min_size=1,
 )
 SPANS = st.lists(
-    st.tuples(st.integers(0, 500), st.integers(1, 60), st.integers(0, 2)).map(lambda s: Span(s[0], s[0] + s[1], s[2])),
-    unique=True,
+    st.tuples(st.integers(0, 500), st.integers(1, 60)).map(lambda place: Span(place[0], sum(place), 0)),
 ).map(sorted)
 
 
@@ -38,9 +42,21 @@ def chunk(sizes, dtype="float32"):
     )
 
 
+def restored(file, first, stop):
+    """A chunk that is bytes `first` to `stop` of a file."""
+    return replace(chunk((stop - first,), "uint8"), file=file, data_offset=first)
+
+
+def runs_of(deal, positions, world_size):
+    readers = [deal.reader_of(Span(position, position + 1, 0)) for position in positions]
+    assert readers == sorted(readers)
+    return [readers.count(rank) for rank in range(world_size)]
+
+
 @given(FILES, st.integers(1, 9))
 def test_files_lie_end_to_end_in_the_order_of_their_writers_and_each_rank_reads_an_equal_run(sizes, world_size):
-    deal = Deal.of({**sizes, "index.arrow": 1000, ".metadata": 1000}, world_size)
+    everything = [restored(file, 0, size) for file, size in sizes.items()]
+    deal = Deal.of({**sizes, "index.arrow": 1000, ".metadata": 1000}, everything, world_size)
 
     places = [
         (file, offset)
@@ -49,22 +65,32 @@ def test_files_lie_end_to_end_in_the_order_of_their_writers_and_each_rank_reads_
     ]
     spans = [Span(position, position + 1, 0) for position in range(len(places))]
     assert [deal.place(span) for span in spans] == [(file, offset, offset + 1) for file, offset in places]
-    readers = [deal.reader_of(span) for span in spans]
-    assert readers == sorted(readers)
-    runs = [readers.count(rank) for rank in range(world_size)]
+    runs = runs_of(deal, range(len(places)), world_size)
     assert sum(runs) == len(places)
     assert max(runs) - min(runs) <= 1
 
 
-@given(SPANS, st.integers(1, 200))
-def test_windows_hold_every_span_once_and_no_more_bytes_than_they_may(spans, max_bytes):
+def test_runs_are_equal_in_what_is_restored_whatever_else_the_files_hold():
+    sizes = {"__0_0.distcp": 1000, "__0_1.distcp": 500, "__1_0.distcp": 1000}
+    # The model, say, between other things of the first file, and half of the last.
+    deal = Deal.of(sizes, [restored("__0_0.distcp", 100, 200), restored("__1_0.distcp", 0, 500)], 3)
+
+    assert runs_of(deal, [*range(100, 200), *range(1500, 2000)], 3) == [200, 200, 200]
+    # What nobody was said to want has a reader all the same.
+    assert sum(runs_of(deal, range(2500), 3)) == 2500
+
+
+@given(SPANS, st.integers(1, 200), st.integers(0, 20))
+def test_windows_hold_every_span_once_and_no_more_bytes_than_they_may(spans, max_bytes, max_gap_bytes):
+    limits = ReadLimits(max_gap_bytes=max_gap_bytes)
     begin, found = 0, []
-    while (end := window(spans, begin, max_bytes)) != begin:
+    while (end := window(spans, begin, max_bytes, limits)) != begin:
         here = between(spans, begin, end)
-        covered = {position for span in here for position in range(span.begin, span.stop)}
-        # What begins at one place is read together, whatever its size; it is at least one.
         assert here
-        assert len(covered) <= max_bytes or len({span.begin for span in here}) == 1
+        # What is read, with what is read along, and what is sent; what begins at one place is read together.
+        groups = joined(sorted(set(here)), lambda span: ("file", span.begin, span.stop), limits)
+        read, sent = sum(stop - first for _, first, stop, _ in groups), sum(map(len, here))
+        assert max(read, sent) <= max_bytes or len({span.begin for span in here}) == 1
         found += here
         begin = end
     assert found == spans
@@ -85,10 +111,13 @@ def test_passing_on_pays_where_each_request_it_saves_is_for_few_bytes(sizes, wan
     weight = weigh((chunk(sizes), box) for box in wanted)
 
     assert weight[1] == 4 * sum(box.num_elements for box in wanted)
-    assert pays([weight]) == passed_on
+    nothing, others = (0, 0), (10_000, 10_000)
+    assert pays(MANIFEST, [nothing, weight]) == passed_on
     # It is decided for all ranks together: what one of them alone would not do, the others may make worth it.
-    assert pays([weight, (1000, 1000)]) == pays([(weight[0] + 1000, weight[1] + 1000)])
-    assert not pays([(0, weight[1])])
+    assert pays(MANIFEST, [weight, others])
+    # A world of one has nobody to pass on to, and of a foreign checkpoint nobody else knows the files.
+    assert not pays(MANIFEST, [weight])
+    assert not pays(None, [nothing, weight])
 
 
 def test_a_long_run_of_bytes_has_a_request_of_its_own():
@@ -100,5 +129,8 @@ def test_a_long_run_of_bytes_has_a_request_of_its_own():
 
 
 def test_what_is_sent_to_a_rank_at_a_time_is_bounded_whatever_the_number_of_its_readers():
-    assert [window_bytes(readers) * max(1, readers) for readers in (0, 1, 2, 4, 64)] == [64 * MIB] * 5
-    assert window_bytes(1000) == MIB
+    limits = ReadLimits()
+    assert [window_bytes(readers, limits) * max(1, readers) for readers in (0, 1, 2, 4, 32)] == [64 * MIB] * 5
+    assert window_bytes(1000, limits) == 2 * MIB
+    # Who set limits on what is read at a time gets no more in this way either.
+    assert window_bytes(1, ReadLimits(max_fetch_bytes=MIB, num_threads=3)) == 3 * MIB

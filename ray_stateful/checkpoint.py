@@ -17,7 +17,8 @@ Saving
 Restoring
   1. (rank 0)  candidates, newest first; manifest and index of one are read there, and broadcast
   2. (all)     match the state against the index, before either is touched
-  3. (all)     read this rank's shards and nothing else, each block checked before it is copied
+  3. (all)     read this rank's shards, or what others want of the same small chunks for them, each block checked
+     before it is copied
   4. (all)     share outcomes: one rank's damaged byte makes all ranks take the next candidate
   5. (all)     hand the values to each part; random streams last
   Without any candidate: 2 to 5 for the models alone, from the initial weights, if there are some (`initial.py`)
@@ -332,7 +333,8 @@ def restore(
 ) -> ResumeReport | None:
     """Load the newest intact checkpoint of this run into `state`, in place, on every rank.
 
-    Each rank reads the bytes of its own shards, whatever number of workers wrote them.
+    Each rank reads the bytes of its own shards, whatever number of workers wrote them; of what several want small
+    pieces of, one reads those of all.
 
     Args:
         state: Name to part, as for `save`; tensors keep their placement and dtype.

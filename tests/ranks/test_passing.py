@@ -189,7 +189,7 @@ def test_long_runs_are_read_by_each_rank_and_short_ones_passed_on_in_one_restore
 
 
 def restore_damaged(run, cases):
-    """What becomes of a restore in each case: faults of the storage, and which window of rank 1 goes wrong when sent."""
+    """What becomes of a restore in each case: faults of the storage, and which window that rank 1 sends is damaged."""
     vars(dealing).update(SMALL_WINDOWS)
     pack, outcomes = passing._packed, []
     for faults, damaged_window in cases:

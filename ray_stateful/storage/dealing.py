@@ -154,15 +154,19 @@ def window(spans: Sequence[Span], begin: int, max_bytes: int, limits: ReadLimits
     Returns:
         `begin` if nothing is left. In a window is at least what begins at one place, whatever its size.
     """
-    total, covered, last = 0, begin, begin
+    total, last = 0, begin
+    covered: dict[int, int] = {}
     rest = (spans[number] for number in range(bisect_left(spans, begin, key=_begin), len(spans)))
     # What begins at one place is not told apart by where it begins.
     for first, group in groupby(rest, key=_begin):
-        lengths = list(map(len, group))
-        gap = first - covered if total and 0 < first - covered <= limits.max_gap_bytes else 0
-        if total and total + gap + sum(lengths) > max_bytes:
+        here = list(group)
+        # Each part is read by itself, and reads what is another's along as well.
+        gaps = [first - covered.get(part, first) for part in {span.part for span in here}]
+        num_bytes = sum(map(len, here)) + sum(gap for gap in gaps if 0 < gap <= limits.max_gap_bytes)
+        if total and total + num_bytes > max_bytes:
             return first
-        total, covered, last = total + gap + sum(lengths), max(covered, first + max(lengths)), first
+        total, last = total + num_bytes, first
+        covered |= {span.part: max(span.stop, covered.get(span.part, 0)) for span in here}
     return last + 1 if total else begin
 
 

@@ -87,7 +87,10 @@ def read(
 
 
 def in_threads(jobs: Sequence[Callable[[], T]], limits: ReadLimits) -> list[T]:
-    """What each job returns, as many at a time as `limits` allows; the first error ends all that have not begun."""
+    """What each job returns, as many at a time as `limits` allows.
+
+    The error of one, once all before it have ended, ends those that have not begun.
+    """
     with ThreadPoolExecutor(max_workers=limits.num_threads, thread_name_prefix="checkpoint-read") as pool:
         under_way = [pool.submit(job) for job in jobs]
         try:

@@ -7,19 +7,18 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard
 
 from ray_stateful import RandomState, checkpoint, joint_reads, restore_cost
 from ray_stateful.errors import NoIntactCheckpoint, RankFailed
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
-from ray_stateful.states.part import Reconciled, StrictPart
 from ray_stateful.storage import dealing, opening, passing
 from ray_stateful.storage.local import LocalStorage
 from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import Fail, FaultyStorage, Flip, run_ranks
+from tests.ranks.placed import Placed, counted
 
 # Sizes that divide by no number of ranks, a dtype that numpy lacks, a rank without rows, an empty one, and rows so wide
 # that their halves are read one by one.
@@ -28,34 +27,11 @@ SHAPES |= {f"layers.{n}.bias": (61 + n,) for n in range(40)}
 SHAPES |= {"row": (1, 8), "none": (0, 3), "three": (12, 5, 7), "wide": (9, 12_000)}
 
 
-def whole(name):
-    values = torch.arange(float(torch.Size(SHAPES[name]).numel())).reshape(SHAPES[name]) + len(name)
-    return values.bfloat16() if name.endswith("bias") else values
+VALUES = counted(SHAPES, {name for name in SHAPES if name.endswith("bias")}) | {"step": torch.tensor(7.0)}
 
 
-class Placed(StrictPart):
-    """The tensors of SHAPES, placed over a mesh of all ranks."""
-
-    def __init__(self, placements, filled=False, mesh_shape=None):
-        mesh = init_device_mesh("cpu", mesh_shape or (dist.get_world_size(),))
-        self.tensors = {"step": torch.tensor(7.0 if filled else 0.0)}
-        for name in SHAPES:
-            value = whole(name) if filled else torch.zeros_like(whole(name))
-            here = placements if value.dim() > 1 else [Replicate() if p == Shard(1) else p for p in placements]
-            self.tensors[name] = distribute_tensor(value, mesh, here)
-
-    def state_dict(self):
-        return self.tensors
-
-    def load_state_dict(self, state_dict):
-        pass
-
-    def reconcile(self, missing, unexpected):
-        return Reconciled(problems=tuple(sorted(missing | unexpected)))
-
-    def is_right(self):
-        found = {name: tensor.full_tensor() for name, tensor in self.tensors.items() if name != "step"}
-        return self.tensors["step"] == 7.0 and all(torch.equal(found[name], whole(name)) for name in SHAPES)
+def placed(placements, *, filled=False, mesh_shape=None):
+    return Placed(VALUES, mesh_shape or (dist.get_world_size(),), placements, filled)
 
 
 class Counting(LocalStorage):
@@ -72,7 +48,11 @@ class Counting(LocalStorage):
 
 
 def save(run, placements):
-    state = {"first": Placed(placements, True), "second": Placed(placements, True), "random": RandomState()}
+    state = {
+        "first": placed(placements, filled=True),
+        "second": placed(placements, filled=True),
+        "random": RandomState(),
+    }
     checkpoint.save(state, step=1, run=run, timeout_s=30)
 
 
@@ -91,7 +71,7 @@ def saved_by(tmp_path_factory):
 
 def restore(run, placements, mesh_shape, constants):
     vars(dealing).update(constants)
-    state = {name: Placed(placements, mesh_shape=mesh_shape) for name in ("first", "second")}
+    state = {name: placed(placements, mesh_shape=mesh_shape) for name in ("first", "second")}
     counting, moved, ways = Counting(), [], []
 
     def all_to_all(phase, received, sent, *args):
@@ -125,7 +105,7 @@ def check(outcomes):
     return outcomes
 
 
-BYTES = 2 * sum(whole(name).nbytes for name in SHAPES)
+BYTES = 2 * sum(value.nbytes for value in VALUES.values())
 
 WORLDS = [
     (4, Shard(0), 3, [Shard(0)], None),
@@ -201,7 +181,7 @@ def restore_damaged(run, cases):
                 found[len(found) // 2] ^= 1
             return found, num_bytes
 
-        part = Placed([Shard(0)])
+        part = placed([Shard(0)])
         here = DirectoryRun(FaultyStorage(LocalStorage(), faults), resolve(run)[1], run)
         try:
             with patch.object(passing, "_packed", packed):
@@ -240,7 +220,7 @@ def test_a_reader_that_fails_or_reads_damage_is_every_ranks_error_in_whichever_w
 
 def count_meetings(run, constants):
     vars(dealing).update(constants)
-    state = {"first": Placed([Shard(0)])}
+    state = {"first": placed([Shard(0)])}
     with patch.object(Ranks, "within_deadline", autospec=True, side_effect=Ranks.within_deadline) as meetings:
         checkpoint.restore(state, run=run, timeout_s=30)
     return [call.args[1] for call in meetings.call_args_list]

@@ -5,49 +5,21 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard
 
 from ray_stateful import Checkpointer, RandomState, checkpoint
 from ray_stateful.errors import NoIntactCheckpoint
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
-from ray_stateful.states.part import Reconciled, StrictPart
 from ray_stateful.storage import sharing
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import FaultyStorage, Flip, run_ranks
+from tests.ranks.placed import Placed, counted
 
 SHAPES = {"large": (4096, 64), "uneven": (37, 5), "one_row": (1, 8), "scalar": (), "bfloat16": (300, 2), "none": (0, 3)}
 
 
-def whole(name):
-    values = torch.arange(float(torch.Size(SHAPES[name]).numel())).reshape(SHAPES[name]) + len(name)
-    return values.bfloat16() if name == "bfloat16" else values
-
-
-class Placed(StrictPart):
-    """The tensors of SHAPES, placed over a mesh; scalars and `plain` are ordinary tensors."""
-
-    def __init__(self, mesh_shape, placements, filled):
-        mesh = init_device_mesh("cpu", mesh_shape)
-        self.tensors = {"plain": torch.arange(1000.0) if filled else torch.zeros(1000)}
-        for name in SHAPES:
-            value = whole(name) if filled else torch.zeros_like(whole(name))
-            self.tensors[name] = value if value.dim() == 0 else distribute_tensor(value, mesh, placements)
-
-    def state_dict(self):
-        return self.tensors
-
-    def load_state_dict(self, state_dict):
-        pass
-
-    def reconcile(self, missing, unexpected):
-        return Reconciled(problems=tuple(sorted(missing | unexpected)))
-
-    def is_right(self):
-        expected = {name: whole(name) for name in SHAPES} | {"plain": torch.arange(1000.0)}
-        found = {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in self.tensors.items()}
-        return all(torch.equal(found[name], value) for name, value in expected.items())
+VALUES = counted(SHAPES, {"bfloat16"}) | {"plain": torch.arange(1000.0)}
 
 
 def restore_as(run, placements_of_case):
@@ -56,11 +28,11 @@ def restore_as(run, placements_of_case):
     results = []
     world = dist.get_world_size()
     if run.endswith("saved"):
-        state = {"part": Placed((world,), [Shard(0)], True), "random": RandomState()}
+        state = {"part": Placed(VALUES, (world,), [Shard(0)], True), "random": RandomState()}
         checkpoint.save(state, step=1, run=run, timeout_s=30)
     storage, path = resolve(run)
     for mesh_shape, placements in placements_of_case:
-        part = Placed(mesh_shape, placements, False)
+        part = Placed(VALUES, mesh_shape, placements, False)
         # Beside a part that is another one on every rank, as random streams are.
         # What is sent goes through the host, whatever device is the default. (Of a shard torch asks that one.)
         with torch.device("meta") if placements == [Replicate()] else nullcontext():
@@ -71,7 +43,7 @@ def restore_as(run, placements_of_case):
     faulty = FaultyStorage(storage.inner, [Flip("read", path="__", rank=1, num_times=None, byte=300)])
     try:
         checkpoint.restore(
-            {"part": Placed((world,), [Replicate()], False)}, run=DirectoryRun(faulty, path, run), timeout_s=30
+            {"part": Placed(VALUES, (world,), [Replicate()], False)}, run=DirectoryRun(faulty, path, run), timeout_s=30
         )
         results.append("restored")
     except NoIntactCheckpoint as error:
@@ -80,7 +52,7 @@ def restore_as(run, placements_of_case):
 
 
 def count_meetings(run):
-    state = {"part": Placed((dist.get_world_size(),), [Shard(0)], True), "random": RandomState()}
+    state = {"part": Placed(VALUES, (dist.get_world_size(),), [Shard(0)], True), "random": RandomState()}
     checkpoint.save(state, step=1, run=run, timeout_s=30)
     with patch.object(Ranks, "within_deadline", autospec=True, side_effect=Ranks.within_deadline) as meetings:
         checkpoint.restore(state, run=run, timeout_s=30)
@@ -95,7 +67,7 @@ def test_the_ranks_meet_eight_times_in_a_restore_whatever_there_is_in_it(tmp_pat
 
 
 def count_meetings_of_a_save(run):
-    state = {"part": Placed((dist.get_world_size(),), [Shard(0)], True), "random": RandomState()}
+    state = {"part": Placed(VALUES, (dist.get_world_size(),), [Shard(0)], True), "random": RandomState()}
     saver = Checkpointer(state, every_n_steps=1, run=run, at_end=False)
     found = []
     for _ in range(2):
@@ -111,7 +83,7 @@ def test_the_ranks_meet_six_times_in_a_save_of_a_known_structure_and_four_more_i
     assert run_ranks(2, count_meetings_of_a_save, str(tmp_path)) == [[before + planning + after, before + after]] * 2
 
 
-BYTES = sum(whole(name).nbytes for name in SHAPES) + 4000
+BYTES = sum(value.nbytes for value in VALUES.values())
 
 
 def test_replicated_tensors_are_read_once_and_sent_to_the_other_replicas(tmp_path):

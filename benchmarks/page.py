@@ -144,12 +144,13 @@ def _resizes(content: Content) -> str:
 
 def _planning(content: Content) -> str:
     lines = [
-        "| ranks | entries a rank | first save, rank 0 | sent | later saves, each rank | sent |",
-        "|---|---|---|---|---|---|",
+        "| ranks | entries a rank | first save, rank 0 | sent | later saves, each rank | sent | index | decoded in |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['num_ranks']} | {row['items_a_rank']:,} | {row['cold_s']:.0f} s | {row['cold_bytes'] / 1e6:,.0f} MB"
-        f" | {row['warm_s'] * 1e3:.0f} ms | {row['warm_bytes']:,} B |"
+        f" | {row['warm_s'] * 1e3:.0f} ms | {row['warm_bytes']:,} B | {row['index_bytes'] / 1e6:,.0f} MB"
+        f" | {row['decode_s']:.1f} s |"
         for row in content["rows"]
         if row["part"] == "planning"
     ]

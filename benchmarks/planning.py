@@ -2,7 +2,7 @@
 
 The shapes are those of a Llama of 80 layers, sharded along dim 0, with Adam's moments and counters and the optimizer's
 hyperparameters by parameter. Every rank's plan is real; no tensor is. What ranks send each other is pickled and
-measured, and not sent; rank 0 unpickles some of the plans, and the time is scaled to all of them.
+measured, and not sent. The index, of which every rank decodes all when it restores, is one rank's share of it, scaled.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from benchmarks.measuring import Ratio
 from benchmarks.settings import Settings
-from ray_stateful.format.checksums import checksum
-from ray_stateful.storage.plan_cache import PlanCache, agree, structure_digest, values_digests
-from ray_stateful.storage.planner import BalancedSavePlanner, ValueWriteData
+from ray_stateful import collector
+from ray_stateful.format import index, layout
+from ray_stateful.format.checksums import block_bytes_for, checksum, num_blocks
+from ray_stateful.format.chunks import Box
+from ray_stateful.format.index import StoredChunk
+from ray_stateful.storage.plan_cache import PlanCache, agree, entries_digest, structure_digest
+from ray_stateful.storage.planner import BalancedSavePlanner, ValueWriteData, deal, item_bytes, left_out
 
 Row = dict[str, Any]
 
@@ -42,7 +46,7 @@ _HYPERPARAMETERS = (
 )
 
 
-_NUM_UNPICKLED = 4
+_FILE = layout.item_file(0, 0)
 
 
 def run(settings: Settings) -> tuple[list[Row], list[Ratio]]:
@@ -51,7 +55,8 @@ def run(settings: Settings) -> tuple[list[Row], list[Ratio]]:
         print(
             f"  {row['num_ranks']:5d} ranks  {row['items_a_rank']:6d} items a rank"
             f"  cold: {row['cold_s']:8.2f} s on rank 0, {row['cold_bytes'] / 1e6:9.2f} MB sent"
-            f"  warm: {row['warm_s'] * 1e3:8.1f} ms a rank, {row['warm_bytes']:7d} B sent",
+            f"  warm: {row['warm_s'] * 1e3:8.1f} ms a rank, {row['warm_bytes']:7d} B sent"
+            f"  index: {row['index_bytes'] / 1e6:8.2f} MB, {row['decode_s']:6.2f} s",
             flush=True,
         )
     first, last = rows[0], rows[-1]
@@ -67,40 +72,55 @@ def run(settings: Settings) -> tuple[list[Row], list[Ratio]]:
 
 def _plan(num_ranks: int) -> Row:
     entries = list(_entries())
+    tensors = {key: "() torch.float32" for key, shape in entries if shape == ()}
+    values = {key: _VALUE for key, shape in entries if shape is None}
     began = time.perf_counter()
-    plans = [_local_plan(entries, rank, num_ranks) for rank in range(num_ranks)]
+    plans = [
+        deal(_local_plan(entries, rank, num_ranks), tensors.keys() | values.keys(), rank, num_ranks)
+        for rank in range(num_ranks)
+    ]
     local_s = (time.perf_counter() - began) / num_ranks
 
-    # Cold: every plan to rank 0, one plan for all, and back. Pickling a plan is done on each rank, unpickling on one.
-    sent = pickle.dumps(plans[-1])
+    # Cold: every plan to rank 0, one plan for all, and what each leaves to others back. Pickling a plan is done on each
+    # rank, unpickling on one.
+    sent = [pickle.dumps(plan) for plan in plans]
+    del plans
     began = time.perf_counter()
-    for _ in range(_NUM_UNPICKLED):
-        pickle.loads(sent)
-    unpickle_s = (time.perf_counter() - began) * num_ranks / _NUM_UNPICKLED
+    with collector.paused():
+        plans = [pickle.loads(plan) for plan in sent]
+    unpickle_s = time.perf_counter() - began
     began = time.perf_counter()
-    finals, metadata = BalancedSavePlanner().create_global_plan(plans)
+    with collector.paused():
+        finals, metadata = BalancedSavePlanner().create_global_plan(plans)
+    left = [pickle.dumps(left_out(*pair)) for pair in zip(plans, finals, strict=True)]
     global_s = time.perf_counter() - began
-    num_bytes = num_ranks * (len(sent) + len(pickle.dumps(finals[-1])))
+    num_bytes = sum(map(len, [*sent, *left]))
     cold_s = unpickle_s + global_s
 
     # Warm: the same on every rank: digests of its own state, gathered, compared.
     cache = PlanCache()
     descriptions = [_description(key, shape, num_ranks) for key, shape in entries]
-    texts = [(key, _VALUE) for key, shape in entries if shape is None]
-    found = [structure_digest(descriptions, num_ranks), *values_digests(texts)]
+    found = [structure_digest(descriptions, num_ranks), entries_digest(tensors), entries_digest(values)]
     cache.keep([found[0]] * num_ranks, finals[0], metadata)
+    share = index.to_bytes(_rows(plans[num_ranks // 2]))
+    began = time.perf_counter()
+    with collector.paused():
+        index.from_bytes(share, "", {_FILE: 1 << 62})
+    decode_s = (time.perf_counter() - began) * num_ranks
+
     began = time.perf_counter()
     descriptions = [_description(key, shape, num_ranks) for key, shape in entries]
-    mine = [structure_digest(descriptions, num_ranks), *values_digests(texts)]
+    mine = [structure_digest(descriptions, num_ranks), entries_digest(tensors), entries_digest(values)]
     everyone = [mine] * num_ranks
     cached = cache.find([structure for structure, *_ in everyone])
     assert cached is not None
-    assert agree([(names, contents) for _, names, contents in everyone])
+    assert agree([of_values for *_, of_values in everyone])
     warm_s = time.perf_counter() - began
     return {
         "part": "planning",
         "num_ranks": num_ranks,
-        "items_a_rank": len(plans[0].items),
+        "items_a_rank": len(entries),
+        "items_sent_a_rank": len(plans[num_ranks // 2].items),
         "local_plan_s": local_s,
         "cold_s": cold_s,
         "unpickle_s": unpickle_s,
@@ -108,6 +128,8 @@ def _plan(num_ranks: int) -> Row:
         "cold_bytes": num_bytes,
         "warm_s": warm_s,
         "warm_bytes": 8 * len(mine) * num_ranks,
+        "index_bytes": len(share) * num_ranks,
+        "decode_s": decode_s,
     }
 
 
@@ -175,3 +197,29 @@ def _local_plan(entries: list[tuple[str, tuple[int, ...] | None]], rank: int, nu
         kind = WriteItemType.SHARD if shape else WriteItemType.TENSOR
         items.append(WriteItem(index=MetadataIndex(key, torch.Size(offsets)), type=kind, tensor_data=tensor))
     return SavePlan(items, planner_data={key: (key,) for key, _ in entries})
+
+
+def _rows(plan: SavePlan) -> list[StoredChunk]:
+    """The rows of the index for a rank's items, one behind the other in one file."""
+    rows, position = [], 0
+    for item in plan.items:
+        data, num_bytes = item.tensor_data, item_bytes(item)
+        sizes, shape = ((), ()) if data is None else (tuple(data.chunk.sizes), tuple(data.size))
+        block_bytes = block_bytes_for(num_bytes // sizes[0] * shape[0] if sizes else num_bytes)
+        row = StoredChunk(
+            key=item.index.fqn,
+            path=(item.index.fqn,),
+            dtype=None if data is None else "float32",
+            shape=shape,
+            box=Box(() if data is None else tuple(data.chunk.offsets), sizes),
+            file=_FILE,
+            item_offset=position,
+            item_length=num_bytes,
+            data_offset=position,
+            block_bytes=block_bytes,
+            checksums=bytes(8 * num_blocks(num_bytes, block_bytes)),
+            value=_VALUE if data is None else None,
+        )
+        rows.append(row)
+        position += num_bytes
+    return rows

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ray_stateful import candidates, meters, parts, ray_train, restoring
+from ray_stateful import candidates, collector, meters, parts, ray_train, restoring
 from ray_stateful import initial as initial_weights
 from ray_stateful.candidates import Candidate, Rejected
 from ray_stateful.errors import NoIntactCheckpoint, ReportFailed, SaveFailed, UnevenSteps
@@ -52,8 +52,8 @@ from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.runs import Run, within
 from ray_stateful.stopwatch import Stopwatch
 from ray_stateful.storage.commit import Description, places_digest, repeated
-from ray_stateful.storage.plan_cache import PlanCache, agree, structure_digest, values_digests
-from ray_stateful.storage.planner import BalancedSavePlanner
+from ray_stateful.storage.plan_cache import PlanCache, agree, entries_digest, structure_digest
+from ray_stateful.storage.planner import BalancedSavePlanner, deal, left_out, without
 from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.staging import Staging
@@ -200,7 +200,8 @@ class Saving:
             if outcome.error is None:
                 self._prepared = run.prepare_report(self._metrics)
                 structure = structure_digest(planner.describe(), ranks.world_size)
-                digests = [structure, *values_digests(planner.shared_values())]
+                shared = planner.shared_tensors(), planner.shared_values()
+                digests = [structure, *map(entries_digest, shared)]
         failures, rows = ranks.share("compare plans", outcome, [int(secrets.token_hex(3), 16), *digests])
         self._name = str(CheckpointName(self._step, f"{rows[0][0]:06x}"))
         path = posixpath.join(run.path, self._name)
@@ -287,25 +288,33 @@ class Saving:
         """The items of this rank, and on rank 0 what there is altogether.
 
         Args:
-            everyone: Of each rank, the digests of its structure, and of its values by name, and by name and content:
-                twenty-four bytes that say whether all have the structure of the last save, and agree on the values.
-                Then nothing that grows with the number of parameters is sent.
+            everyone: Of each rank, the digests of its structure, of the small tensors that it may share with others,
+                and of such values: twenty-four bytes that say whether all have the structure of the last save, and
+                agree on the values. Then nothing that grows with the number of parameters is sent.
         """
-        structures = [structure for structure, _, _ in everyone]
+        planner = self._planner
+        structures, tensors, values = zip(*everyone, strict=True)
         cached = self._plans.find(structures)
-        if cached is not None and agree([(names, contents) for _, names, contents in everyone]):
+        if cached is not None and agree(values):
             return cached.plan, cached.metadata
 
         plan, metadata = SavePlan([]), None
         with self._outcome.catch():
-            plan = self._planner.create_local_plan()
+            # Of an optimizer these are nine entries in ten, and all ranks would send them.
+            shared = {
+                *(planner.shared_tensors() if agree(tensors) else ()),
+                *(planner.shared_values() if agree(values) else ()),
+            }
+            plan = deal(planner.create_local_plan(), shared, ranks.rank, ranks.world_size)
         _agree(ranks, path, "plan", self._outcome)
         plans = ranks.gather("gather plans", plan)
-        with self._outcome.catch():
+        left: list[list[int]] = []
+        with self._outcome.catch(), collector.paused():
             if ranks.rank == 0:
-                plans, metadata = self._planner.create_global_plan(plans)
+                finals, metadata = planner.create_global_plan(plans)
+                left = [left_out(*pair) for pair in zip(plans, finals, strict=True)]
         _agree(ranks, path, "plan", self._outcome)
-        final = self._planner.finish_plan(ranks.scatter("scatter plans", plans))
+        final = planner.finish_plan(without(plan, ranks.scatter("scatter plans", left)))
         self._plans.keep(structures, final, metadata)
         return final, metadata
 

@@ -7,6 +7,7 @@ through; tensors never do.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ray_stateful import collector
 from ray_stateful.errors import DamagedCheckpoint, RankFailed, RankTimeout
 
 T = TypeVar("T")
@@ -116,8 +118,11 @@ class Ranks:
         if self.group is None:
             return [value]
         into: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        self.within_deadline(phase, lambda: dist.gather_object(value, into, dst=0, group=self.group))
-        return into or []
+        # Pickled here, and not by torch: what hundreds of ranks send is unpickled after the wait for them.
+        sent = pickle.dumps(value)
+        self.within_deadline(phase, lambda: dist.gather_object(sent, into, dst=0, group=self.group))
+        with collector.paused():
+            return [pickle.loads(of_rank) for of_rank in into or []]  # noqa: S301 - sent by ranks of this very job
 
     def all_gather(self, phase: str, value: T) -> list[T]:
         """Everyone's `value` in rank order, on every rank."""

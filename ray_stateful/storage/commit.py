@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ray_stateful import collector
 from ray_stateful.errors import DamagedCheckpoint
 from ray_stateful.format import index, layout
 from ray_stateful.format.checksums import checksum
@@ -108,7 +109,7 @@ def prove(metadata: Metadata, rows: Sequence[StoredChunk]) -> None:
 class Repeated:
     """What a rank wrote in the places of its last save: the checksums, values and files that may differ, in order."""
 
-    checksums: list[bytes]
+    checksums: list[bytes | memoryview]
     values: list[str | None]
     files: list[WrittenFile]
 
@@ -185,13 +186,14 @@ def commit(
         ValueError: an item that was planned is not among the results, or the written chunks leave a gap.
         DamagedCheckpoint: a file that some rank wrote is not there, or of another size.
     """
-    rows, files = collect(results)
-    prove(metadata, rows)
-    committed = Committed.of(dcp_metadata.to_bytes(metadata, rows), rows, results)
-    index_bytes = index.stream_of(committed.columns)
-    contents = {layout.DCP_METADATA: committed.metadata, layout.INDEX: index_bytes}
-    manifest = _manifest(files, contents, description)
-    _check_readable(path, manifest, index_bytes)
+    with collector.paused():
+        rows, files = collect(results)
+        prove(metadata, rows)
+        committed = Committed.of(dcp_metadata.to_bytes(metadata, rows), rows, results)
+        index_bytes = index.stream_of(committed.columns)
+        contents = {layout.DCP_METADATA: committed.metadata, layout.INDEX: index_bytes}
+        manifest = _manifest(files, contents, description)
+        _check_readable(path, manifest, index_bytes)
     _write(storage, path, contents, manifest)
     return committed
 

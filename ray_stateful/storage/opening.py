@@ -9,16 +9,15 @@ torch is imported where DCP's types are wanted alone: to look at a checkpoint ta
 
 from __future__ import annotations
 
-import gc
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from ray_stateful import collector
 from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint
 from ray_stateful.format import index, layout
 from ray_stateful.format.checksums import checksum
@@ -172,7 +171,7 @@ def parse(raw: RawCheckpoint) -> OpenCheckpoint:
     if checksum(raw.index) != manifest.files[layout.INDEX].xxh3:
         raise DamagedCheckpoint(where, "its checksum is not the one in the manifest")
     sizes = manifest.sizes
-    with _collector_paused():
+    with collector.paused():
         opened = _opened(raw.path, manifest, index.from_bytes(raw.index, where, sizes))
     unknown = {row.path[0] for row in opened.first_rows()} - set(manifest.parts) if manifest.parts else set()
     if unknown:
@@ -180,21 +179,6 @@ def parse(raw: RawCheckpoint) -> OpenCheckpoint:
             where, f"has entries of parts that the manifest does not name: {sorted(map(repr, unknown))[:3]}"
         )
     return opened
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without Python's search for cycles: among so many new objects that all stay it takes as long as making them.
-
-    It is off in the whole process, for the moment that this takes, and then as it was before.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _opened(path: str, manifest: Manifest | None, rows: list[StoredChunk]) -> OpenCheckpoint:

@@ -7,7 +7,7 @@ with what was committed: where each rank wrote what it wrote before, an index di
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -55,10 +55,9 @@ def structure_digest(descriptions: Iterable[str], world_size: int) -> int:
     return _digest([f"{world_size}", *descriptions])
 
 
-def values_digests(texts: Iterable[tuple[str, str]]) -> tuple[int, int]:
-    """63 bits of the names, and 63 bits of names and contents, of the values that other ranks may have too."""
-    texts = list(texts)
-    return _digest(name for name, _ in texts), _digest(f"{name}={text}" for name, text in texts)
+def entries_digest(entries: Mapping[str, str]) -> int:
+    """63 bits of entries that other ranks may have too, of each its key and what is compared of it."""
+    return _digest(f"{key}={text}" for key, text in entries.items())
 
 
 def _digest(texts: Iterable[str]) -> int:
@@ -66,10 +65,9 @@ def _digest(texts: Iterable[str]) -> int:
     return int(checksum(b"\xff".join(text.encode("utf-8", "surrogatepass") for text in texts)), 16) >> 1
 
 
-def agree(digests: Sequence[tuple[int, int]]) -> bool:
-    """Whether all ranks have the same values by name and content, from their `values_digests`.
+def agree(digests: Sequence[int]) -> bool:
+    """Whether all ranks have the same entries, from their `entries_digest`s.
 
-    Ranks with other names (stages of a pipeline) may share some of them, and differ there: those are planned anew, as
-    only the plans tell.
+    Ranks with other names (stages of a pipeline) may share some of them, and differ there: only their plans tell.
     """
     return len(set(digests)) == 1

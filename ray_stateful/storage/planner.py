@@ -11,8 +11,8 @@ import dataclasses
 import io
 import math
 import re
-from collections import ChainMap, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ from ray_stateful.format.index import KeyPath
 from ray_stateful.format.layout import is_rank_key
 from ray_stateful.storage.staging import StagedTensors, Staging
 from ray_stateful.storage.structure import flatten, is_tensor, two_of
+
+# Of a tensor that is no shard, such as an optimizer's step counter: whichever rank writes it has little to write.
+SMALL_BYTES = 4 << 10
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 _LONE_HALF = re.compile("[\ud800-\udfff]")
 
@@ -83,12 +88,22 @@ class BalancedSavePlanner(DefaultSavePlanner):
         for key, value in self.state_dict.items():
             yield f"{key} {self.mappings[key]} {_described(value, words)}"
 
-    def shared_values(self) -> Iterator[tuple[str, str]]:
-        """Name and JSON of the values that other ranks may have too."""
-        for key, text in self.encoded.items():
-            path = self.mappings[key]
-            if not (len(path) > 1 and is_rank_key(path[1])):
-                yield key, text
+    def shared_values(self) -> Mapping[str, str]:
+        """By key the JSON of the values that other ranks may have too."""
+        return {key: text for key, text in self.encoded.items() if self._may_be_shared(key)}
+
+    def shared_tensors(self) -> Mapping[str, str]:
+        """By key a word on the small plain tensors that other ranks may have too.
+
+        Not DTensors: a rank outside of their mesh has one as well, and plans nothing of it.
+        """
+        return {
+            key: _described(value, {})
+            for key, value in self.state_dict.items()
+            if type(value) in _PLAIN
+            and value.numel() * value.element_size() <= SMALL_BYTES
+            and self._may_be_shared(key)
+        }
 
     def create_local_plan(self) -> SavePlan:
         """This rank's chunks and values."""
@@ -100,11 +115,14 @@ class BalancedSavePlanner(DefaultSavePlanner):
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """One plan a rank, in which every chunk is written once. Pure: the same plans give the same answer.
 
+        A plan has items of the rank's own plan, the very same objects, in the same order.
+
         Raises:
             UnsupportedState: ranks disagree on a value.
             ValueError: the planned chunks do not cover some tensor exactly.
         """
-        plans, metadata = create_default_global_save_plan(assign(all_plans))
+        # An item's place among the chunks of its tensor is a hint that nobody needs, and a new item for each.
+        plans, metadata = create_default_global_save_plan(assign(all_plans), rewrite_index_hints=False)
         mappings = dict(ChainMap(*(plan.planner_data for plan in plans)))
         metadata = dataclasses.replace(metadata, planner_data=mappings)
         problems = [
@@ -133,6 +151,10 @@ class BalancedSavePlanner(DefaultSavePlanner):
         offset = write_item.index.offset
         return self.staged.get(write_item.index.fqn, None if offset is None else tuple(offset))
 
+    def _may_be_shared(self, key: str) -> bool:
+        path = self.mappings[key]
+        return len(path) < 2 or not is_rank_key(path[1])
+
     def _with_checksum(self, item: WriteItem) -> WriteItem:
         if item.type != WriteItemType.BYTE_IO:
             return item
@@ -147,27 +169,64 @@ def assign(all_plans: Sequence[SavePlan]) -> list[SavePlan]:
     Raises:
         UnsupportedState: a value is not the same on all ranks that have it.
     """
-    holders: dict[MetadataIndex, list[int]] = defaultdict(list)
-    items: dict[MetadataIndex, WriteItem] = {}
+    first: dict[MetadataIndex, tuple[int, WriteItem]] = {}
+    # Of entries that several ranks have: of a model's shards mostly none, and there are many.
+    holders: dict[MetadataIndex, list[int]] = {}
     for rank, plan in enumerate(all_plans):
         for item in plan.items:
-            _refuse_different_values(items.setdefault(item.index, item), item, holders[item.index], rank)
-            holders[item.index].append(rank)
-    loads = [0] * len(all_plans)
-    kept: list[set[MetadataIndex]] = [set() for _ in all_plans]
+            mine = (rank, item)
+            earliest = first.setdefault(item.index, mine)
+            if earliest is not mine:
+                _refuse_different_values(*earliest, item, rank)
+                holders.setdefault(item.index, [earliest[0]]).append(rank)
+    if not holders:
+        return list(all_plans)
     # What one rank alone can write comes first. Then largest first; ties are broken by name and offset, never by set
     # order: a resumed run must lay its files out as the first one did, or two checkpoints of one state can't be
     # compared.
-    for index in sorted(
-        items, key=lambda i: (len(holders[i]) > 1, -item_bytes(items[i]), i.fqn, tuple(i.offset or ()))
-    ):
-        rank = min(holders[index], key=lambda candidate: (loads[candidate], candidate))
-        loads[rank] += item_bytes(items[index])
-        kept[rank].add(index)
+    loads = [sum(item_bytes(item) for item in plan.items if item.index not in holders) for plan in all_plans]
+    writers: dict[MetadataIndex, int] = {}
+    for index in sorted(holders, key=lambda i: (-item_bytes(first[i][1]), i.fqn, tuple(i.offset or ()))):
+        writers[index] = min(holders[index], key=lambda candidate: (loads[candidate], candidate))
+        loads[writers[index]] += item_bytes(first[index][1])
     return [
-        dataclasses.replace(plan, items=[item for item in plan.items if item.index in kept[rank]])
+        dataclasses.replace(plan, items=[item for item in plan.items if writers.get(item.index, rank) == rank])
         for rank, plan in enumerate(all_plans)
     ]
+
+
+def deal(plan: SavePlan, shared: Collection[str], rank: int, world_size: int) -> SavePlan:
+    """This rank's plan without the entries that another one writes, of those in `shared`, which all ranks have.
+
+    They are dealt out in turn, in the order of their keys, and nobody need be asked. Pure.
+    """
+    keys = sorted(shared)
+    mine = set(keys[rank::world_size])
+    theirs = set(keys) - mine
+    items = [item for item in plan.items if item.index.fqn not in theirs]
+    # Whoever deals out what is not planned everywhere would lose it.
+    assert mine <= {item.index.fqn for item in items}
+    paths = {key: path for key, path in (plan.planner_data or {}).items() if key not in theirs}
+    return dataclasses.replace(plan, items=items, planner_data=paths)
+
+
+def left_out(plan: SavePlan, final: SavePlan) -> list[int]:
+    """The positions of a plan's items that are not in the final one: mostly none, where there are many items."""
+    kept = iter(final.items)
+    following = next(kept, None)
+    positions = []
+    for position, item in enumerate(plan.items):
+        if item is following:
+            following = next(kept, None)
+        else:
+            positions.append(position)
+    return positions
+
+
+def without(plan: SavePlan, positions: list[int]) -> SavePlan:
+    """The final plan, on the rank whose plan it is: the inverse of `left_out`."""
+    others = set(positions)
+    return dataclasses.replace(plan, items=[item for at, item in enumerate(plan.items) if at not in others])
 
 
 def item_bytes(item: WriteItem) -> int:
@@ -223,11 +282,11 @@ def _refuse_unsupported(key: str, value: Any) -> None:
         )
 
 
-def _refuse_different_values(first: WriteItem, other: WriteItem, holders: Sequence[int], rank: int) -> None:
+def _refuse_different_values(first_rank: int, first: WriteItem, other: WriteItem, rank: int) -> None:
     mine, theirs = other.bytes_io_data, first.bytes_io_data
     if isinstance(mine, ValueWriteData) and isinstance(theirs, ValueWriteData) and mine.xxh3 != theirs.xxh3:
         raise UnsupportedState(
             first.index.fqn,
-            f"a value that is one thing on rank {holders[0]} and another on rank {rank}",
+            f"a value that is one thing on rank {first_rank} and another on rank {rank}",
             "derive the part from ray_stateful.states.part.RankPart, which has one value per rank",
         )

@@ -33,7 +33,7 @@ from ray_stateful.format.torch_item import envelope
 from ray_stateful.storage import commit, streams
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.commit import Committed, Description, Repeated, WrittenFile
-from ray_stateful.storage.planner import BalancedSavePlanner, dtype_name, item_bytes
+from ray_stateful.storage.planner import SMALL_BYTES, BalancedSavePlanner, dtype_name, item_bytes
 from ray_stateful.storage.retries import DeadlineSink, write_file
 from ray_stateful.storage.uris import resolve
 
@@ -44,10 +44,6 @@ _MAX_FILES = 10_000
 
 # Small enough that hashing one part while the filesystem takes another keeps both in cache.
 _PART_BYTES = 4 << 20
-
-# Tensors that are no shards, such as an optimizer's step counters, lie together up to this size: on a restore one rank
-# reads them for all, if there are not too many.
-_SMALL_BYTES = 4 << 10
 
 # Handed to the storage together: each call has a deadline, and with it the price of waking a thread.
 _TOGETHER_BYTES = 4 << 20
@@ -299,7 +295,7 @@ def _tensors_of(plan: SavePlan, planner: SavePlanner) -> Iterator[torch.Tensor]:
 
 def _place(item: WriteItem) -> tuple[int, str, tuple[int, ...]]:
     data = item.tensor_data
-    is_large = data is not None and (data.chunk.sizes != data.size or item_bytes(item) > _SMALL_BYTES)
+    is_large = data is not None and (data.chunk.sizes != data.size or item_bytes(item) > SMALL_BYTES)
     return 0 if data is None else 2 if is_large else 1, item.index.fqn, tuple(item.index.offset or ())
 
 

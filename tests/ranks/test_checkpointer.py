@@ -345,7 +345,7 @@ def test_two_savers_of_one_process_never_meet_in_one_group(tmp_path):
 
 def restore_while_one_is_in_flight(run):
     storage, path = resolve(run)
-    slow = FaultyStorage(storage.inner, [Hang("sink.write", nth=3, rank=1)])
+    slow = FaultyStorage(storage.inner, [Hang("sink.write", path="s0000000008", rank=1)])
     with Checkpointer(
         {"counter": Counter()}, background=True, run=DirectoryRun(slow, path, run), timeout_s=30
     ) as saver:

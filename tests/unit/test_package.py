@@ -34,7 +34,7 @@ LAYERS = [
     {"storage"},
     {"format", "ranks"},
     {"errors"},
-    {"printable"},
+    {"collector", "printable"},
 ]
 
 

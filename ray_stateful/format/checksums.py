@@ -5,6 +5,7 @@ They find damage, not forgery: whoever can write the bucket can write matching c
 
 from __future__ import annotations
 
+import math
 import struct
 
 import xxhash
@@ -14,19 +15,24 @@ CHECKSUM_BYTES = 8
 
 MIN_BLOCK_BYTES = 1 << 10
 MAX_BLOCK_BYTES = 1 << 16
-_BLOCKS_PER_CHUNK = 256
 
 
 def block_bytes_for(num_bytes: int) -> int:
-    """The block size for a chunk of `num_bytes`: a power of two.
+    """The block size for chunks of a tensor of `num_bytes`: a power of two.
 
-    A read of part of a chunk is widened to whole blocks, so blocks are small beside their chunk: some 1/256 of it,
-    or a re-sharding restore would read noticeably more than it needs. Not below 1 KiB, where the calls of the hash
-    cost more than the hashing; not above 64 KiB, so that large chunks can be read in pieces without a large waste at
-    each end.
+    A read of part of a chunk is widened to whole blocks, at most one for each end of what a rank wants of the tensor;
+    and every rank has the checksums of all blocks, however little it reads. With blocks of b bytes that is b and
+    8 * num_bytes / b: least together at the square root of 8 * num_bytes, whatever the number of ranks. A block of the
+    chunk's size by some number would not do: the more ranks, the smaller chunks, and the more checksums for everybody.
+
+    Not below 1 KiB, where the calls of the hash cost more than the hashing; not above 64 KiB, which is format 1's.
+
+    Args:
+        num_bytes: Of the tensor; of one that is cut along other dims than the first, of all rows of the chunk's width.
     """
-    wanted = max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, num_bytes // _BLOCKS_PER_CHUNK))
-    return 1 << (wanted - 1).bit_length()
+    best = math.isqrt(CHECKSUM_BYTES * num_bytes)
+    # The power of two below it.
+    return max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, 1 << max(0, best.bit_length() - 1)))
 
 
 def num_blocks(num_bytes: int, block_bytes: int) -> int:
@@ -42,7 +48,7 @@ def block_checksums(data: Buffer, block_bytes: int) -> bytes:
     return struct.pack(f"<{len(values)}Q", *values)
 
 
-def first_bad_block(data: Buffer, block_bytes: int, expected: bytes) -> int | None:
+def first_bad_block(data: Buffer, block_bytes: int, expected: bytes | memoryview) -> int | None:
     """The first block of `data` whose checksum is not the one in `expected`; `None` if all agree."""
     found = block_checksums(data, block_bytes)
     if found == expected:

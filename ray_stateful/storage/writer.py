@@ -190,7 +190,9 @@ class _ItemFile:
         # By strides: one element is contiguous whatever its stride is, and a view keeps that.
         flat = tensor.as_strided((tensor.numel(),), (1,))
         raw = memoryview(cast(Buffer, flat.view(torch.uint8).numpy()) if tensor.numel() else b"")
-        block_bytes = block_bytes_for(len(raw))
+        # Of rows of this width there are as many as the tensor has.
+        shape = tuple(item.tensor_data.size)
+        block_bytes = block_bytes_for(len(raw) // sizes[0] * shape[0] if raw and sizes else len(raw))
         item_offset = self.offset
         self._write(header)
         checksums = b"".join(
@@ -201,7 +203,7 @@ class _ItemFile:
             key=item.index.fqn,
             path=_path_of(item, planner),
             dtype=dtype_name(tensor.dtype),
-            shape=tuple(item.tensor_data.size),
+            shape=shape,
             box=Box(tuple(item.tensor_data.chunk.offsets), sizes),
             file=self._name,
             item_offset=item_offset,

@@ -158,6 +158,14 @@ def test_a_block_size_is_a_power_of_two_within_bounds(num_bytes):
 
 
 @steady
+@given(st.integers(1 << 18, 1 << 28))
+def test_the_checksums_of_a_tensor_are_about_as_large_as_one_of_its_blocks(num_bytes):
+    # Of both together there is least then: a rank has all checksums, and reads a block too much at the ends of its own.
+    block_bytes = checksums.block_bytes_for(num_bytes)
+    assert block_bytes <= checksums.CHECKSUM_BYTES * num_bytes / block_bytes < 4 * block_bytes
+
+
+@steady
 @given(st.lists(st.binary(max_size=50)))
 def test_a_running_checksum_is_that_of_the_whole(pieces):
     running = checksums.RunningChecksum()

@@ -243,7 +243,7 @@ def _content(chunks: tuple[StoredChunk, ...]) -> Any:
     """What is equal for tensors of equal content and sharding; `None` where there are no checksums to tell."""
     if any(not chunk.checksums for chunk in chunks):
         return None
-    boxes = sorted((chunk.box, chunk.block_bytes, chunk.checksums) for chunk in chunks)
+    boxes = sorted((chunk.box, chunk.block_bytes, bytes(chunk.checksums)) for chunk in chunks)
     return chunks[0].dtype, chunks[0].shape, boxes
 
 

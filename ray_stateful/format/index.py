@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -49,7 +50,7 @@ class StoredChunk:
     `key` is the flat name, `path` the dict keys and list positions it was flattened from. A value has `value`, its
     JSON, and no `dtype`; its bytes in `file` are what `torch.save` made of it, there for stock tools. For a tensor,
     `data_offset` counts from the beginning of the file to the first byte of its elements, which are contiguous and
-    row-major; `checksums` has 8 bytes for every `block_bytes` of them.
+    row-major; `checksums` has 8 bytes for every `block_bytes` of them, of a row that was read as part of the index's.
 
     A tree is a value with no `file`: a dict or list without tensors in it, whole. DCP flattens it into an entry a
     leaf, which loses that a key was an int or a dict was a Counter; the tree keeps it, and stands for all entries
@@ -66,7 +67,7 @@ class StoredChunk:
     item_length: int
     data_offset: int
     block_bytes: int
-    checksums: bytes
+    checksums: bytes | memoryview
     value: str | None = None
 
     def __reduce__(self) -> tuple[Callable[..., StoredChunk], tuple[Any, ...]]:
@@ -200,7 +201,8 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
     for n, text in enumerate(columns["path"]):
         if text not in paths:
             paths[text] = _path_from_json(text, f"{where}: row {n}")
-    rows = [_row(columns, n, paths) for n in range(table.num_rows)]
+    sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    rows = [_row(columns, n, paths, sizes) for n in range(table.num_rows)]
     values = sum(len(row.value) for row in rows if row.value is not None)
     if values > MAX_REPEATED_BYTES + len(data):
         # Each row's value is decoded by itself, however often the file repeats one by reference.
@@ -214,13 +216,19 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
     return rows
 
 
-def _row(columns: dict[str, list[Any]], n: int, paths: Mapping[str, KeyPath]) -> StoredChunk:
+def _row(
+    columns: dict[str, list[Any]],
+    n: int,
+    paths: Mapping[str, KeyPath],
+    known_sizes: dict[tuple[int, ...], tuple[int, ...]],
+) -> StoredChunk:
+    shape, sizes = tuple(columns["shape"][n]), tuple(columns["sizes"][n])
     return StoredChunk(
         key=columns["key"][n],
         path=paths[columns["path"][n]],
         dtype=columns["dtype"][n],
-        shape=tuple(columns["shape"][n]),
-        box=Box(tuple(columns["offsets"][n]), tuple(columns["sizes"][n])),
+        shape=known_sizes.setdefault(shape, shape),
+        box=Box(tuple(columns["offsets"][n]), known_sizes.setdefault(sizes, sizes)),
         file=columns["file"][n],
         item_offset=columns["item_offset"][n],
         item_length=columns["item_length"][n],
@@ -241,6 +249,9 @@ def _values_of(column: pa.ChunkedArray) -> list[Any]:
     found: list[Any] = []
     entries: list[Any] = []
     entries_of: Any = None
+    if pa.types.is_string(column.type):
+        # All chunks of a tensor have its name.
+        column = column.dictionary_encode()
     for part in column.chunks:
         if isinstance(part, pa.DictionaryArray):
             known = part.dictionary
@@ -249,9 +260,21 @@ def _values_of(column: pa.ChunkedArray) -> list[Any]:
                 # Once, and not for each batch that refers to it.
                 entries, entries_of = known.to_pylist(), place
             found += [None if at is None else entries[at] for at in part.indices.to_pylist()]
+        elif pa.types.is_binary(part.type):
+            found += _slices(part)
         else:
             found += part.to_pylist()
     return found
+
+
+def _slices(binary: pa.BinaryArray) -> list[memoryview]:
+    """The entries of a column without nulls, as parts of the file's own bytes: of a large index most is checksums."""
+    _, offsets, data = binary.buffers()
+    if not len(binary):
+        return []
+    bounds = memoryview(offsets).cast("B")[4 * binary.offset : 4 * (binary.offset + len(binary) + 1)].cast("i").tolist()
+    whole = memoryview(b"" if data is None else data).cast("B")
+    return [whole[start:stop] for start, stop in pairwise(bounds)]
 
 
 def _path_to_json(path: KeyPath) -> str:

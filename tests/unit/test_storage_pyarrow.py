@@ -7,7 +7,9 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.fs
@@ -179,6 +181,20 @@ def test_the_size_of_the_first_file_in_parts_is_looked_at_also_after_a_small_one
 
     assert between.count("HEAD /bucket/parts/small") == between.count("HEAD /bucket/parts/first") == 1
     assert between.count("HEAD /bucket/parts/second") == 0
+
+
+def test_of_files_that_are_written_at_the_same_time_the_size_of_one_is_looked_at(s3, between):
+    together = threading.Barrier(6)
+
+    def write(number):
+        together.wait(20)
+        s3.write(f"bucket/together/{number}", b"x" * 1000)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(write, range(6)))
+
+    assert between.count("PUT /bucket/together/") == 6
+    assert between.count("HEAD /bucket/together/") == 1
 
 
 def test_ranges_of_one_file_ask_for_its_size_once(s3, between):

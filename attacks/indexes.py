@@ -289,6 +289,15 @@ def index_whose_lengths_lie(workshop):
 
 
 @attack
+def shapes_of_one_hash(workshop):
+    """Thirty thousand rows whose shapes have one hash: a dict that keeps one of each compares each with each."""
+    row = next(row for row in workshop.rows() if row.key == "thing.weights")
+    # A number and the same plus 2**61 - 1 have one hash, and so have tuples of them.
+    shapes = [tuple((2**61 - 1) * (number >> bit & 1) for bit in range(15)) for number in range(1 << 15)]
+    workshop.write_rows([dataclasses.replace(row, shape=shape, box=Box((0,) * 15, shape)) for shape in shapes])
+
+
+@attack
 def index_that_is_empty(workshop):
     """No bytes, with the checksum of no bytes."""
     workshop.write(layout.INDEX, b"")

@@ -133,7 +133,7 @@ def _hash(size: Size) -> list[Row]:
             for at in range(0, len(view), _PART_BYTES):
                 part = view[at : at + _PART_BYTES]
                 whole.update(part)
-                block_checksums(part, block_bytes_for(len(view)))
+                block_checksums(part, block_bytes_for(dist.get_world_size() * len(view)))
         middle = time.perf_counter()
         for shard, copy in zip(shards, copies, strict=True):
             copy.copy_(shard)

@@ -8,6 +8,7 @@ measured, and not sent. The index, of which every rank decodes all when it resto
 from __future__ import annotations
 
 import functools
+import math
 import pickle
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from ray_stateful.format.checksums import block_bytes_for, checksum, num_blocks
 from ray_stateful.format.chunks import Box
 from ray_stateful.format.index import StoredChunk
 from ray_stateful.storage.plan_cache import PlanCache, agree, entries_digest, structure_digest
-from ray_stateful.storage.planner import BalancedSavePlanner, ValueWriteData, deal, item_bytes, left_out
+from ray_stateful.storage.planner import BalancedSavePlanner, ValueWriteData, deal, item_bytes, leave, left_out
 
 Row = dict[str, Any]
 
@@ -75,10 +76,8 @@ def _plan(num_ranks: int) -> Row:
     tensors = {key: "() torch.float32" for key, shape in entries if shape == ()}
     values = {key: _VALUE for key, shape in entries if shape is None}
     began = time.perf_counter()
-    plans = [
-        deal(_local_plan(entries, rank, num_ranks), tensors.keys() | values.keys(), rank, num_ranks)
-        for rank in range(num_ranks)
-    ]
+    writers = deal(tensors, values, num_ranks)
+    plans = [leave(_local_plan(entries, rank, num_ranks), writers, rank) for rank in range(num_ranks)]
     local_s = (time.perf_counter() - began) / num_ranks
 
     # Cold: every plan to rank 0, one plan for all, and what each leaves to others back. Pickling a plan is done on each
@@ -205,7 +204,7 @@ def _rows(plan: SavePlan) -> list[StoredChunk]:
     for item in plan.items:
         data, num_bytes = item.tensor_data, item_bytes(item)
         sizes, shape = ((), ()) if data is None else (tuple(data.chunk.sizes), tuple(data.size))
-        block_bytes = block_bytes_for(num_bytes // sizes[0] * shape[0] if sizes else num_bytes)
+        block_bytes = block_bytes_for(num_bytes if data is None else 4 * math.prod(shape))
         row = StoredChunk(
             key=item.index.fqn,
             path=(item.index.fqn,),

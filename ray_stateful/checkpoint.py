@@ -53,7 +53,7 @@ from ray_stateful.runs import Run, within
 from ray_stateful.stopwatch import Stopwatch
 from ray_stateful.storage.commit import Description, places_digest, repeated
 from ray_stateful.storage.plan_cache import PlanCache, agree, entries_digest, structure_digest
-from ray_stateful.storage.planner import BalancedSavePlanner, deal, left_out, without
+from ray_stateful.storage.planner import BalancedSavePlanner, deal, leave, left_out, without
 from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.staging import Staging
@@ -300,12 +300,13 @@ class Saving:
 
         plan, metadata = SavePlan([]), None
         with self._outcome.catch():
-            # Of an optimizer these are nine entries in ten, and all ranks would send them.
-            shared = {
-                *(planner.shared_tensors() if agree(tensors) else ()),
-                *(planner.shared_values() if agree(values) else ()),
-            }
-            plan = deal(planner.create_local_plan(), shared, ranks.rank, ranks.world_size)
+            # Of what AdamW has for a parameter twelve entries of fourteen are of these, and all ranks would send them.
+            writers = deal(
+                planner.shared_tensors() if agree(tensors) else {},
+                planner.shared_values() if agree(values) else {},
+                ranks.world_size,
+            )
+            plan = leave(planner.create_local_plan(), writers, ranks.rank)
         _agree(ranks, path, "plan", self._outcome)
         plans = ranks.gather("gather plans", plan)
         left: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Python's search for cycles, put off: among very many new objects that all stay it takes as long as making them."""
+"""Python's search for cycles, put off: among very many new objects that all stay it takes longer than making them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Without it in the whole process, for the moment that the body takes; then as it was before."""
+    """Without it in the whole process, for as long as the body takes; then as it was before.
+
+    Whoever turns it off for good in another thread meanwhile finds it on afterwards: nothing tells the two apart.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -20,15 +20,12 @@ MAX_BLOCK_BYTES = 1 << 16
 def block_bytes_for(num_bytes: int) -> int:
     """The block size for chunks of a tensor of `num_bytes`: a power of two.
 
-    A read of part of a chunk is widened to whole blocks, at most one for each end of what a rank wants of the tensor;
-    and every rank has the checksums of all blocks, however little it reads. With blocks of b bytes that is b and
-    8 * num_bytes / b: least together at the square root of 8 * num_bytes, whatever the number of ranks. A block of the
-    chunk's size by some number would not do: the more ranks, the smaller chunks, and the more checksums for everybody.
+    A read of part of a chunk is widened to whole blocks: by half a block, on average, at each end of what a rank wants
+    of a tensor. And every rank has the checksums of all blocks, however little it reads. With blocks of b bytes that is
+    b and 8 * num_bytes / b: least together at the square root of 8 * num_bytes, whatever the number of ranks. A block
+    of the chunk's size by some number would not do: the more ranks, the more checksums for everybody.
 
     Not below 1 KiB, where the calls of the hash cost more than the hashing; not above 64 KiB, which is format 1's.
-
-    Args:
-        num_bytes: Of the tensor; of one that is cut along other dims than the first, of all rows of the chunk's width.
     """
     best = math.isqrt(CHECKSUM_BYTES * num_bytes)
     # The power of two below it.

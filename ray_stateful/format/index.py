@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any
@@ -40,6 +40,8 @@ MAX_DIMS = 64
 MAX_PATH_LENGTH = 64
 MAX_REPEATED_BYTES = 16 << 20
 _MIN_ROW_BYTES = 64  # the fixed-width part of a row: three sizes, three offsets of lists, of texts and of entries
+_ROWS_AT_ONCE = 1 << 16
+_LONG_BYTES = 192  # what a part of other bytes takes, wherever they are
 MAX_POSITION = 1 << 20  # in a list; a list is filled up to a position, so one from a file must be bounded
 
 
@@ -50,7 +52,8 @@ class StoredChunk:
     `key` is the flat name, `path` the dict keys and list positions it was flattened from. A value has `value`, its
     JSON, and no `dtype`; its bytes in `file` are what `torch.save` made of it, there for stock tools. For a tensor,
     `data_offset` counts from the beginning of the file to the first byte of its elements, which are contiguous and
-    row-major; `checksums` has 8 bytes for every `block_bytes` of them, of a row that was read as part of the index's.
+    row-major; `checksums` has 8 bytes for every `block_bytes` of them. In a row that was read they may be bytes of the
+    index itself, and keep all of it.
 
     A tree is a value with no `file`: a dict or list without tensors in it, whole. DCP flattens it into an entry a
     leaf, which loses that a key was an int or a dict was a Counter; the tree keeps it, and stands for all entries
@@ -67,12 +70,13 @@ class StoredChunk:
     item_length: int
     data_offset: int
     block_bytes: int
-    checksums: bytes | memoryview
+    checksums: bytes | memoryview = field(hash=False)
     value: str | None = None
 
     def __reduce__(self) -> tuple[Callable[..., StoredChunk], tuple[Any, ...]]:
         # As for `Box`: gathering the rows was a third of what a save of many small tensors computes.
-        return _chunk_of, _fields_of(self)
+        *others, checksums, value = _fields_of(self)
+        return _chunk_of, (*others, bytes(checksums), value)
 
     @property
     def is_tree(self) -> bool:
@@ -84,7 +88,7 @@ class StoredChunk:
         return self.item_length if self.dtype is None else self.box.num_elements * ITEM_BYTES[self.dtype]
 
 
-_FIELDS = tuple(field.name for field in fields(StoredChunk))
+_FIELDS = tuple(one.name for one in fields(StoredChunk))
 _fields_of = attrgetter(*_FIELDS)
 
 
@@ -201,8 +205,9 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
     for n, text in enumerate(columns["path"]):
         if text not in paths:
             paths[text] = _path_from_json(text, f"{where}: row {n}")
-    sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
-    rows = [_row(columns, n, paths, sizes) for n in range(table.num_rows)]
+    for name in ("shape", "sizes"):
+        columns[name] = _repeated(columns[name])
+    rows = [_row(columns, n, paths) for n in range(table.num_rows)]
     values = sum(len(row.value) for row in rows if row.value is not None)
     if values > MAX_REPEATED_BYTES + len(data):
         # Each row's value is decoded by itself, however often the file repeats one by reference.
@@ -216,19 +221,13 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
     return rows
 
 
-def _row(
-    columns: dict[str, list[Any]],
-    n: int,
-    paths: Mapping[str, KeyPath],
-    known_sizes: dict[tuple[int, ...], tuple[int, ...]],
-) -> StoredChunk:
-    shape, sizes = tuple(columns["shape"][n]), tuple(columns["sizes"][n])
+def _row(columns: dict[str, list[Any]], n: int, paths: Mapping[str, KeyPath]) -> StoredChunk:
     return StoredChunk(
         key=columns["key"][n],
         path=paths[columns["path"][n]],
         dtype=columns["dtype"][n],
-        shape=known_sizes.setdefault(shape, shape),
-        box=Box(tuple(columns["offsets"][n]), known_sizes.setdefault(sizes, sizes)),
+        shape=columns["shape"][n],
+        box=Box(tuple(columns["offsets"][n]), columns["sizes"][n]),
         file=columns["file"][n],
         item_offset=columns["item_offset"][n],
         item_length=columns["item_length"][n],
@@ -249,9 +248,9 @@ def _values_of(column: pa.ChunkedArray) -> list[Any]:
     found: list[Any] = []
     entries: list[Any] = []
     entries_of: Any = None
-    if pa.types.is_string(column.type):
-        # All chunks of a tensor have its name.
-        column = column.dictionary_encode()
+    # All chunks of a tensor have its name. Not `dictionary_encode`: of texts, Python's hashes can't be foreseen, and so
+    # nobody can write a file of many that have the same.
+    texts: dict[str, str] = {}
     for part in column.chunks:
         if isinstance(part, pa.DictionaryArray):
             known = part.dictionary
@@ -262,19 +261,37 @@ def _values_of(column: pa.ChunkedArray) -> list[Any]:
             found += [None if at is None else entries[at] for at in part.indices.to_pylist()]
         elif pa.types.is_binary(part.type):
             found += _slices(part)
+        elif pa.types.is_string(part.type):
+            for at in range(0, len(part), _ROWS_AT_ONCE):
+                found += [texts.setdefault(text, text) for text in part.slice(at, _ROWS_AT_ONCE).to_pylist()]
         else:
             found += part.to_pylist()
     return found
 
 
-def _slices(binary: pa.BinaryArray) -> list[memoryview]:
-    """The entries of a column without nulls, as parts of the file's own bytes: of a large index most is checksums."""
+def _repeated(column: Sequence[list[int]]) -> list[tuple[int, ...]]:
+    """A column of lists as tuples, of equal neighbours one: rows are in the order of keys.
+
+    By no dict: tuples of numbers that have one hash are easily made.
+    """
+    found: list[tuple[int, ...]] = []
+    last: tuple[int, ...] = ()
+    for numbers in column:
+        entry = tuple(numbers)
+        last = last if entry == last else entry
+        found.append(last)
+    return found
+
+
+def _slices(binary: pa.BinaryArray) -> list[bytes | memoryview]:
+    """The entries of a column without nulls; long ones as parts of the file's own bytes, of which they are most."""
     _, offsets, data = binary.buffers()
     if not len(binary):
         return []
     bounds = memoryview(offsets).cast("B")[4 * binary.offset : 4 * (binary.offset + len(binary) + 1)].cast("i").tolist()
     whole = memoryview(b"" if data is None else data).cast("B")
-    return [whole[start:stop] for start, stop in pairwise(bounds)]
+    parts = [whole[start:stop] for start, stop in pairwise(bounds)]
+    return [bytes(part) if len(part) < _LONG_BYTES else part for part in parts]
 
 
 def _path_to_json(path: KeyPath) -> str:

@@ -12,7 +12,7 @@ import io
 import math
 import re
 from collections import ChainMap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,12 @@ from ray_stateful.format.layout import is_rank_key
 from ray_stateful.storage.staging import StagedTensors, Staging
 from ray_stateful.storage.structure import flatten, is_tensor, two_of
 
-# Of a tensor that is no shard, such as an optimizer's step counter: whichever rank writes it has little to write.
+# Tensors that are no shards, such as an optimizer's step counters, are small up to this size. Whichever rank writes one
+# has little to write; and they lie together in its files, as one rank reads them for all.
 SMALL_BYTES = 4 << 10
+
+# So many lie together at least: in the files of many ranks they would be as many requests.
+_TOGETHER = 1000
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -88,11 +92,11 @@ class BalancedSavePlanner(DefaultSavePlanner):
         for key, value in self.state_dict.items():
             yield f"{key} {self.mappings[key]} {_described(value, words)}"
 
-    def shared_values(self) -> Mapping[str, str]:
+    def shared_values(self) -> dict[str, str]:
         """By key the JSON of the values that other ranks may have too."""
         return {key: text for key, text in self.encoded.items() if self._may_be_shared(key)}
 
-    def shared_tensors(self) -> Mapping[str, str]:
+    def shared_tensors(self) -> dict[str, str]:
         """By key a word on the small plain tensors that other ranks may have too.
 
         Not DTensors: a rank outside of their mesh has one as well, and plans nothing of it.
@@ -195,14 +199,21 @@ def assign(all_plans: Sequence[SavePlan]) -> list[SavePlan]:
     ]
 
 
-def deal(plan: SavePlan, shared: Collection[str], rank: int, world_size: int) -> SavePlan:
-    """This rank's plan without the entries that another one writes, of those in `shared`, which all ranks have.
+def deal(tensors: Iterable[str], values: Mapping[str, str], world_size: int) -> dict[str, int]:
+    """Which rank writes which of the entries that all ranks have: small tensors by key, and values with their JSON.
 
-    They are dealt out in turn, in the order of their keys, and nobody need be asked. Pure.
+    Every rank computes the same, and nobody need be asked. Pure.
     """
-    keys = sorted(shared)
-    mine = set(keys[rank::world_size])
-    theirs = set(keys) - mine
+    # The last ranks: where a dim does not divide by the number of ranks, they have the least of it.
+    writers = {key: world_size - 1 - at // _TOGETHER % world_size for at, key in enumerate(sorted(tensors))}
+    largest_first = sorted(values, key=lambda key: (-len(values[key]), key))
+    return writers | {key: at % world_size for at, key in enumerate(largest_first)}
+
+
+def leave(plan: SavePlan, writers: Mapping[str, int], rank: int) -> SavePlan:
+    """This rank's plan without the entries of which another one is the writer."""
+    mine = {key for key, writer in writers.items() if writer == rank}
+    theirs = writers.keys() - mine
     items = [item for item in plan.items if item.index.fqn not in theirs]
     # Whoever deals out what is not planned everywhere would lose it.
     assert mine <= {item.index.fqn for item in items}
@@ -220,6 +231,8 @@ def left_out(plan: SavePlan, final: SavePlan) -> list[int]:
             following = next(kept, None)
         else:
             positions.append(position)
+    # Of equal items that are others, none would be written.
+    assert following is None
     return positions
 
 

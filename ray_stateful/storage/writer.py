@@ -190,9 +190,8 @@ class _ItemFile:
         # By strides: one element is contiguous whatever its stride is, and a view keeps that.
         flat = tensor.as_strided((tensor.numel(),), (1,))
         raw = memoryview(cast(Buffer, flat.view(torch.uint8).numpy()) if tensor.numel() else b"")
-        # Of rows of this width there are as many as the tensor has.
         shape = tuple(item.tensor_data.size)
-        block_bytes = block_bytes_for(len(raw) // sizes[0] * shape[0] if raw and sizes else len(raw))
+        block_bytes = block_bytes_for(math.prod(shape) * tensor.element_size())
         item_offset = self.offset
         self._write(header)
         checksums = b"".join(

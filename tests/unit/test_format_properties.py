@@ -8,6 +8,8 @@ import itertools
 import json
 import math
 import os
+import pickle
+import random
 import zipfile
 from collections import defaultdict
 from typing import NamedTuple
@@ -402,6 +404,28 @@ def test_an_index_comes_back_as_it_was(case):
     assert found == rows
     # Equal ints hide that one is a dict's key and the other a list's position.
     assert [[type(step) for step in row.path] for row in found] == [[type(s) for s in row.path] for row in rows]
+
+
+def test_long_checksums_that_were_read_are_those_that_were_written_wherever_they_are_sent():
+    shape, num_blocks = (50_000,), 196
+    row = StoredChunk(
+        key="t",
+        path=("t",),
+        dtype="float32",
+        shape=shape,
+        box=Box((0,), shape),
+        file=layout.item_file(0, 0),
+        item_offset=0,
+        item_length=200_000,
+        data_offset=0,
+        block_bytes=1024,
+        checksums=random.Random(0).randbytes(8 * num_blocks),
+    )
+    (found,) = index.from_bytes(index.to_bytes([row]), "here", {row.file: 200_000})
+    assert isinstance(found.checksums, memoryview)
+    assert found == row == pickle.loads(pickle.dumps(found))
+    assert len({found, row}) == 1
+    assert index.to_bytes([found]) == index.to_bytes([row])
 
 
 @settings(steady, max_examples=300)

@@ -59,7 +59,7 @@ def stored(directory, dtype, shape, boxes, elements):
         raw = elements[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))].tobytes()
         begins = len(files[name])
         files[name] += b"header" * (1 + number) + raw + b"trailer"
-        block_bytes = checksums.block_bytes_for(len(raw))
+        block_bytes = checksums.block_bytes_for(elements.nbytes)
         rows.append(
             StoredChunk(
                 key="t",

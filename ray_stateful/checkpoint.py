@@ -196,6 +196,7 @@ class Saving:
         # 3. A name that no other attempt has: shards of two attempts must never share a directory. Whatever this rank
         # can refuse, it refuses before anything is written.
         digests = [0, 0, 0]
+        shared: tuple[dict[str, str], dict[str, str]] = {}, {}
         with outcome.catch():
             if outcome.error is None:
                 self._prepared = run.prepare_report(self._metrics)
@@ -209,7 +210,7 @@ class Saving:
 
         # 4.
         description = self._describe(ranks)
-        plan, metadata = self._plan(ranks, path, [of_rank for _, *of_rank in rows])
+        plan, metadata = self._plan(ranks, path, *shared, [of_rank for _, *of_rank in rows])
         planner.let_go()
 
         # 5.
@@ -284,28 +285,32 @@ class Saving:
     def _tell(self, ranks: Ranks, samples: list[Sample]) -> None:
         meters.tell(self._run, self._run.storage, ranks.rank, samples)
 
-    def _plan(self, ranks: Ranks, path: str, everyone: Sequence[Sequence[int]]) -> tuple[SavePlan, Metadata | None]:
+    def _plan(
+        self,
+        ranks: Ranks,
+        path: str,
+        tensors: Mapping[str, str],
+        values: Mapping[str, str],
+        everyone: Sequence[Sequence[int]],
+    ) -> tuple[SavePlan, Metadata | None]:
         """The items of this rank, and on rank 0 what there is altogether.
 
         Args:
-            everyone: Of each rank, the digests of its structure, of the small tensors that it may share with others,
-                and of such values: twenty-four bytes that say whether all have the structure of the last save, and
-                agree on the values. Then nothing that grows with the number of parameters is sent.
+            tensors, values: What other ranks may have too, as the planner says it.
+            everyone: Of each rank, the digests of its structure, `tensors` and `values`: twenty-four bytes that say
+                whether all have the structure of the last save, and agree on the values. Then nothing that grows with
+                the number of parameters is sent.
         """
         planner = self._planner
-        structures, tensors, values = zip(*everyone, strict=True)
+        structures, of_tensors, of_values = zip(*everyone, strict=True)
         cached = self._plans.find(structures)
-        if cached is not None and agree(values):
+        if cached is not None and agree(of_values):
             return cached.plan, cached.metadata
 
         plan, metadata = SavePlan([]), None
         with self._outcome.catch():
             # Of what AdamW has for a parameter twelve entries of fourteen are of these, and all ranks would send them.
-            writers = deal(
-                planner.shared_tensors() if agree(tensors) else {},
-                planner.shared_values() if agree(values) else {},
-                ranks.world_size,
-            )
+            writers = deal(tensors if agree(of_tensors) else {}, values if agree(of_values) else {}, ranks.world_size)
             plan = leave(planner.create_local_plan(), writers, ranks.rank)
         _agree(ranks, path, "plan", self._outcome)
         plans = ranks.gather("gather plans", plan)

@@ -57,10 +57,12 @@ def fill(
     mine = shared.read_by(ranks.rank)
     own = {part: [request for request in of_part if mine(request)] for part, of_part in requests.items()}
     passes = dealing.pays(opened.manifest, [weight for _, _, *weight in everyone])
-    alone, together = {}, {}
+    alone: dict[str, list[Request]] = {part: [] for part in own}
+    together: dict[str, list[Request]] = {part: [] for part in own}
     for part, group in own.items():
-        together[part] = [r for r in group if passes and dealing.is_small(r.chunk, r.box)]
-        alone[part] = [r for r in group if not passes or not dealing.is_small(r.chunk, r.box)]
+        for request in group:
+            is_passed_on = passes and dealing.is_small(request.chunk, request.box)
+            (together if is_passed_on else alone)[part].append(request)
     statistics = dict.fromkeys(requests, ReadStatistics())
     with outcome.catch():
         statistics = read_requests(run.storage, opened.path, alone, limits)

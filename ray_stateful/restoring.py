@@ -223,9 +223,7 @@ def _union_of_keys(mappings: Mapping[str, tuple[str | int, ...]], outcome: Outco
     Raises:
         RankFailed: on every rank, if `outcome` holds an error on any of them.
     """
-    mine = {
-        key: str(path[0]) for key, path in mappings.items() if len(path) < 2 or not layout.is_rank_key(str(path[1]))
-    }
+    mine = {key: str(path[0]) for key, path in mappings.items() if not layout.is_of_one_rank(path)}
     # With data parallelism all ranks have the same keys.
     digest = int(checksum("\n".join(sorted(mine)).encode()), 16) >> 1
     digests = ranks.raise_if_any_failed("collect the state", outcome, [digest])

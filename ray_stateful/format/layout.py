@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 FORMAT_VERSION = 1
@@ -46,6 +47,11 @@ def rank_key(rank: int) -> str:
 def is_rank_key(step: object) -> bool:
     """Whether `step` is one that `rank_key` makes."""
     return isinstance(step, str) and _RANK_KEY.fullmatch(step) is not None
+
+
+def is_of_one_rank(path: Sequence[str | int]) -> bool:
+    """Whether what lies at `path`, of which the first step is a part's name, is one rank's own."""
+    return len(path) > 1 and is_rank_key(path[1])
 
 
 def item_file(rank: int, number: int) -> str:

@@ -28,7 +28,7 @@ from ray_stateful.format.checksums import checksum
 from ray_stateful.format.chunks import Box, coverage_problems
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.index import KeyPath
-from ray_stateful.format.layout import is_rank_key
+from ray_stateful.format.layout import is_of_one_rank
 from ray_stateful.storage.staging import StagedTensors, Staging
 from ray_stateful.storage.structure import flatten, is_tensor, two_of
 
@@ -94,7 +94,7 @@ class BalancedSavePlanner(DefaultSavePlanner):
 
     def shared_values(self) -> dict[str, str]:
         """By key the JSON of the values that other ranks may have too."""
-        return {key: text for key, text in self.encoded.items() if self._may_be_shared(key)}
+        return {key: text for key, text in self.encoded.items() if not is_of_one_rank(self.mappings[key])}
 
     def shared_tensors(self) -> dict[str, str]:
         """By key a word on the small plain tensors that other ranks may have too.
@@ -106,7 +106,7 @@ class BalancedSavePlanner(DefaultSavePlanner):
             for key, value in self.state_dict.items()
             if type(value) in _PLAIN
             and value.numel() * value.element_size() <= SMALL_BYTES
-            and self._may_be_shared(key)
+            and not is_of_one_rank(self.mappings[key])
         }
 
     def create_local_plan(self) -> SavePlan:
@@ -154,10 +154,6 @@ class BalancedSavePlanner(DefaultSavePlanner):
             return super().resolve_data(write_item)
         offset = write_item.index.offset
         return self.staged.get(write_item.index.fqn, None if offset is None else tuple(offset))
-
-    def _may_be_shared(self, key: str) -> bool:
-        path = self.mappings[key]
-        return len(path) < 2 or not is_rank_key(path[1])
 
     def _with_checksum(self, item: WriteItem) -> WriteItem:
         if item.type != WriteItemType.BYTE_IO:

@@ -13,24 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from ray_stateful import checkpoint
 from ray_stateful.ranks import Ranks
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState
-from ray_stateful.storage import opening
-from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import run_ranks
-
-
-class Part:
-    def __init__(self, value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, value):
-        self.value = value
-
-
-def opened(report):
-    return opening.parse(opening.fetch(*resolve(report.uri)))
+from tests.part import Part, opened
 
 
 def save_watched(state, run):

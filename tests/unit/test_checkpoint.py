@@ -17,22 +17,10 @@ from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, StateMismatch, U
 from ray_stateful.format import layout
 from ray_stateful.storage.reader import CheckpointReader
 from ray_stateful.storage.writer import CheckpointWriter
+from tests.part import Part
 
 # One process without a process group is what these tests are about.
 alone = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-
-
-class Part:
-    """A part that is whatever it was given."""
-
-    def __init__(self, value=None):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, value):
-        self.value = value
 
 
 def manifest_of(report):

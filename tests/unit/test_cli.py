@@ -24,24 +24,12 @@ from ray_stateful.storage import opening
 from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import Fail, FaultyStorage, run_ranks
+from tests.part import Part
 
 pytestmark = pytest.mark.filterwarnings(
     # Stock DCP says so whenever it saves or loads without a process group.
     "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
 )
-
-
-class Part:
-    """A part that is whatever it was given."""
-
-    def __init__(self, value=None):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, value):
-        self.value = value
 
 
 def weights(seed=0):

@@ -21,6 +21,7 @@ from ray_stateful.cli.main import main
 from ray_stateful.errors import HostileCheckpoint
 from ray_stateful.format import hf_layout, layout
 from ray_stateful.stateful_wrappers import ModelState
+from tests.part import Part
 from tests.ranks import peft_models
 
 pytestmark = [
@@ -31,19 +32,6 @@ pytestmark = [
     # PyTorch's own, of stock dcp.load.
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]
-
-
-class Part:
-    """A part that is whatever it was given."""
-
-    def __init__(self, value=None):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, value):
-        self.value = value
 
 
 def every_dtype():

@@ -30,27 +30,13 @@ from ray_stateful.storage.reading import Request, read
 from ray_stateful.storage.uris import resolve
 from ray_stateful.storage.writer import DEFAULT_NUM_FILES
 from ray_stateful.testing import Fail, FaultyStorage, Truncate
-
-
-class Part:
-    def __init__(self, value=None):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, value):
-        self.value = value
+from tests.part import Part, opened
 
 
 def saved(tmp_path, value, storage=None, **options):
     inner = resolve(str(tmp_path))[0].inner
     run = DirectoryRun(storage(inner) if storage else inner, str(tmp_path), str(tmp_path))
     return checkpoint.save({"part": Part(value)}, step=1, run=run, **options)
-
-
-def opened(report):
-    return opening.parse(opening.fetch(*resolve(report.uri)))
 
 
 def test_an_error_that_derives_from_base_exception_is_caught_at_the_boundary():

@@ -8,23 +8,13 @@ from ray_stateful.checkpoint import Saving
 from ray_stateful.errors import SaveFailed
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
-from ray_stateful.storage import commit, opening
+from ray_stateful.storage import commit
 from ray_stateful.storage.plan_cache import PlanCache
 from ray_stateful.storage.planner import BalancedSavePlanner
 from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import Fail, FaultyStorage
-
-
-class Part:
-    def __init__(self, value=None):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, value):
-        self.value = value
+from tests.part import Part, opened
 
 
 class Counting(Ranks):
@@ -65,11 +55,6 @@ def state(number):
         "epoch": number,
         "schedule": {"last": number, "milestones": {1: number}},
     }
-
-
-def opened(report):
-    storage, path = resolve(report.uri)
-    return opening.parse(opening.fetch(storage, path))
 
 
 def test_the_second_save_of_a_structure_gathers_neither_plans_nor_rows(save):

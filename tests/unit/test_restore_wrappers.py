@@ -6,6 +6,7 @@ from torch import nn
 
 from ray_stateful import ModelState, OptimizerState, checkpoint
 from ray_stateful.errors import SaveFailed, StateMismatch
+from tests.part import Part
 
 
 class Model(nn.Module):
@@ -88,21 +89,10 @@ def test_every_mismatch_is_listed_in_one_error_before_anything_is_touched(tmp_pa
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
-class Whatever:
-    def __init__(self, value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, value):
-        self.value = value
-
-
 def test_a_tensor_that_is_part_of_another_value_in_the_checkpoint_is_a_mismatch(tmp_path):
     weights = ModelState(Model()).state_dict()
     without_body = {key: value for key, value in weights.items() if not key.startswith("body.")}
-    checkpoint.save({"model": Whatever({**without_body, "body": {"no": 1}})}, step=1, run=str(tmp_path))
+    checkpoint.save({"model": Part({**without_body, "body": {"no": 1}})}, step=1, run=str(tmp_path))
 
     with pytest.raises(StateMismatch, match=r"body\.weight"):
         checkpoint.restore(state_of(Model()), run=str(tmp_path))

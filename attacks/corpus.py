@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from ray_stateful.format import index, layout
 from ray_stateful.format.checksums import checksum
-from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.rows import StoredChunk
 
 _MODULES = (
     "archives",

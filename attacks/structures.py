@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from attacks.corpus import attack
-from ray_stateful.format.index import IntKey, tree_row
+from ray_stateful.format.rows import IntKey, tree_row
 
 
 def moved(workshop, key, path):

@@ -24,9 +24,10 @@ from ray_stateful import collector
 from ray_stateful.format import index, layout
 from ray_stateful.format.checksums import block_bytes_for, checksum, num_blocks
 from ray_stateful.format.chunks import Box
-from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.rows import StoredChunk
+from ray_stateful.storage.assignment import ValueWriteData, deal, item_bytes, leave, left_out
 from ray_stateful.storage.plan_cache import PlanCache, agree, entries_digest, structure_digest
-from ray_stateful.storage.planner import BalancedSavePlanner, ValueWriteData, deal, item_bytes, leave, left_out
+from ray_stateful.storage.planner import BalancedSavePlanner
 
 Row = dict[str, Any]
 

@@ -51,9 +51,10 @@ from ray_stateful.ray_meters import Sample
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.runs import Run, within
 from ray_stateful.stopwatch import Stopwatch
+from ray_stateful.storage.assignment import deal, leave, left_out, without
 from ray_stateful.storage.commit import Description, places_digest, repeated
 from ray_stateful.storage.plan_cache import PlanCache, agree, entries_digest, structure_digest
-from ray_stateful.storage.planner import BalancedSavePlanner, deal, leave, left_out, without
+from ray_stateful.storage.planner import BalancedSavePlanner
 from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.staging import Staging

@@ -20,7 +20,7 @@ from ray_stateful.format import hf_layout, layout
 from ray_stateful.format.checksums import RunningChecksum
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.hf_layout import Weight
-from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage import dcp_metadata
 from ray_stateful.storage.base import Sink, Storage
 from ray_stateful.storage.opening import OpenCheckpoint

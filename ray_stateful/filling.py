@@ -15,7 +15,7 @@ import torch
 from ray_stateful import parts
 from ray_stateful.errors import DamagedCheckpoint
 from ray_stateful.format import layout
-from ray_stateful.format.index import KeyPath, StoredChunk
+from ray_stateful.format.rows import KeyPath, StoredChunk
 from ray_stateful.matching import Match
 from ray_stateful.runs import Run
 from ray_stateful.states.part import RankPart, StrictPart, World

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from ray_stateful.format import layout
 from ray_stateful.format.chunks import Box, split
 from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.index import KeyPath, StoredChunk
 from ray_stateful.format.layout import CheckpointName
+from ray_stateful.format.rows import KeyPath, StoredChunk
 from ray_stateful.storage import commit, weights
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.commit import Description

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.dtypes import dtype_name
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.states.part import StrictPart
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.structure import is_tensor
@@ -100,13 +101,9 @@ def _cast(value: Any, chunk: StoredChunk) -> str | None:
 
     Integers and 8-bit floats mean nothing without a scale that a cast does not know of.
     """
-    here = _dtype_of(value) if is_tensor(value) else chunk.dtype
+    here = dtype_name(value.dtype) if is_tensor(value) else chunk.dtype
     castable = here in _CASTABLE and chunk.dtype in _CASTABLE and here != chunk.dtype
     return f"{chunk.dtype} to {here}" if castable else None
-
-
-def _dtype_of(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _difference(value: Any, chunk: StoredChunk, is_cast: bool) -> str | None:
@@ -114,7 +111,7 @@ def _difference(value: Any, chunk: StoredChunk, is_cast: bool) -> str | None:
         return None if chunk.dtype is None else f"a {type(value).__name__} here, a tensor in the checkpoint"
     if chunk.dtype is None:
         return "a tensor here, another value in the checkpoint"
-    shape, dtype = tuple(value.size()), _dtype_of(value)
+    shape, dtype = tuple(value.size()), dtype_name(value.dtype)
     if shape != chunk.shape:
         return f"shape {shape} here, {chunk.shape} in the checkpoint"
     if dtype != chunk.dtype and not is_cast:

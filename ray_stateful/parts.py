@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.format import layout, values
 from ray_stateful.format.checksums import checksum
-from ray_stateful.format.index import KeyPath, StoredChunk
+from ray_stateful.format.rows import KeyPath, StoredChunk
 from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.states.part import RankPart
 from ray_stateful.storage.opening import OpenCheckpoint

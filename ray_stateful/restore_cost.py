@@ -13,7 +13,7 @@ from itertools import chain
 
 from ray_stateful.format import layout
 from ray_stateful.format.chunks import Box, intersection
-from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.format.stock_item import HEAD_BYTES
 from ray_stateful.storage import dealing
 from ray_stateful.storage.dealing import Deal, Span

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, UnknownFormat
 from ray_stateful.format import layout, values
 from ray_stateful.format.checksums import RunningChecksum, first_bad_block
-from ray_stateful.format.index import StoredChunk
 from ray_stateful.format.manifest import Manifest, StoredFile
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage import opening
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.opening import OpenCheckpoint

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ray_stateful.cli.rendering import age, size
 from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage.opening import OpenCheckpoint
 
 MAX_VALUE_LENGTH = 60

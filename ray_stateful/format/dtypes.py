@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
 ITEM_BYTES: dict[str, int] = {
     "bfloat16": 2,
     "bool": 1,
@@ -25,3 +30,8 @@ ITEM_BYTES: dict[str, int] = {
     "uint64": 8,
     "uint8": 1,
 }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")

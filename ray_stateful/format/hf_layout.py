@@ -16,6 +16,7 @@ from typing import Any
 
 from ray_stateful.errors import HostileCheckpoint
 from ray_stateful.format.dtypes import ITEM_BYTES
+from ray_stateful.format.rows import MAX_DIMS
 from ray_stateful.format.strict_json import strict_json
 
 WEIGHTS = "model"
@@ -28,7 +29,6 @@ METADATA = "__metadata__"
 
 # The library's own limit.
 MAX_HEADER_BYTES = 100_000_000
-MAX_DIMS = 64
 
 DTYPES = {
     "bfloat16": "BF16",

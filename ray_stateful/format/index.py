@@ -8,112 +8,22 @@ runs nothing, and (stored uncompressed) no column is larger in memory than the f
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any
 
 import pyarrow as pa
 
 from ray_stateful.errors import HostileCheckpoint
 from ray_stateful.format.arrow_guard import refuse_growing
-from ray_stateful.format.checksums import CHECKSUM_BYTES, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, num_blocks
 from ray_stateful.format.chunks import Box
-from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.layout import is_item_file
+from ray_stateful.format.row_checks import row_problem
+from ray_stateful.format.rows import MAX_PATH_LENGTH, MAX_POSITION, IntKey, KeyPath, StoredChunk
 
-
-class IntKey(int):
-    """A step of a path that is a dict's key, where a plain int is a position in a list."""
-
-    __str__ = int.__repr__
-
-    def __repr__(self) -> str:
-        return f"IntKey({self})"
-
-
-KeyPath = tuple[str | int, ...]
-
-MAX_DIMS = 64
-MAX_PATH_LENGTH = 64
 MAX_REPEATED_BYTES = 16 << 20
 _MIN_ROW_BYTES = 64  # the fixed-width part of a row: three sizes, three offsets of lists, of texts and of entries
 _ROWS_AT_ONCE = 1 << 16
 _LONG_BYTES = 192  # what a part of other bytes takes, wherever they are
-MAX_POSITION = 1 << 20  # in a list; a list is filled up to a position, so one from a file must be bounded
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredChunk:
-    """One row of the index: a box of one tensor, or a value that is not a tensor, and where its bytes are.
-
-    `key` is the flat name, `path` the dict keys and list positions it was flattened from. A value has `value`, its
-    JSON, and no `dtype`; its bytes in `file` are what `torch.save` made of it, there for stock tools. For a tensor,
-    `data_offset` counts from the beginning of the file to the first byte of its elements, which are contiguous and
-    row-major; `checksums` has 8 bytes for every `block_bytes` of them. In a row that was read they may be bytes of the
-    index itself, and keep all of it.
-
-    A tree is a value with no `file`: a dict or list without tensors in it, whole. DCP flattens it into an entry a
-    leaf, which loses that a key was an int or a dict was a Counter; the tree keeps it, and stands for all entries
-    below its path.
-    """
-
-    key: str
-    path: KeyPath
-    dtype: str | None
-    shape: tuple[int, ...]
-    box: Box
-    file: str
-    item_offset: int
-    item_length: int
-    data_offset: int
-    block_bytes: int
-    checksums: bytes | memoryview = field(hash=False)
-    value: str | None = None
-
-    def __reduce__(self) -> tuple[Callable[..., StoredChunk], tuple[Any, ...]]:
-        # As for `Box`: gathering the rows was a third of what a save of many small tensors computes.
-        *others, checksums, value = _fields_of(self)
-        return _chunk_of, (*others, bytes(checksums), value)
-
-    @property
-    def is_tree(self) -> bool:
-        return not self.file
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the elements (of the stored copy, for a value)."""
-        return self.item_length if self.dtype is None else self.box.num_elements * ITEM_BYTES[self.dtype]
-
-
-_FIELDS = tuple(one.name for one in fields(StoredChunk))
-_fields_of = attrgetter(*_FIELDS)
-
-
-def _chunk_of(*values: Any) -> StoredChunk:
-    """What a pickled row is made by: `StoredChunk` takes its fields by name only."""
-    return StoredChunk(**dict(zip(_FIELDS, values, strict=True)))
-
-
-def tree_row(path: KeyPath, value: str) -> StoredChunk:
-    """The row of a tree: `value` is its JSON."""
-    return StoredChunk(
-        key=".".join(map(str, path)),
-        path=path,
-        dtype=None,
-        shape=(),
-        box=Box((), ()),
-        file="",
-        item_offset=0,
-        item_length=0,
-        data_offset=0,
-        block_bytes=0,
-        checksums=b"",
-        value=value,
-    )
-
 
 _INTS = pa.list_(pa.int64())
 _NAME = pa.dictionary(pa.int32(), pa.string())
@@ -214,7 +124,9 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
         raise HostileCheckpoint(where, f"values of {values:,} bytes in an index of {len(data):,}")
     seen: dict[tuple[str, bool, tuple[int, ...]], StoredChunk] = {}
     for row in rows:
-        _check(row, where, file_sizes)
+        problem = row_problem(row, file_sizes)
+        if problem is not None:
+            raise HostileCheckpoint(where, f"{row.key!r}: {problem}")
         first = seen.setdefault((row.key, row.is_tree, row.box.offsets), row)
         if first is not row:
             raise HostileCheckpoint(where, f"{row.key!r} at {row.box.offsets} stands there twice")
@@ -316,56 +228,3 @@ def _path_from_json(text: str, where: str) -> KeyPath:
         else:
             raise HostileCheckpoint(where, f"its path has a step of type {type(step).__name__}, or out of bounds")
     return tuple(path)
-
-
-def _check(row: StoredChunk, where: str, file_sizes: dict[str, int]) -> None:
-    """Refuse a row that no writer of ours makes, before a byte is allocated or read because of it."""
-    problem = _problem(row, file_sizes)
-    if problem is not None:
-        raise HostileCheckpoint(where, f"{row.key!r}: {problem}")
-
-
-def _problem(row: StoredChunk, file_sizes: dict[str, int]) -> str | None:
-    if not row.path or ".".join(map(str, row.path)) != row.key:
-        return f"its path {row.path} is not its key"
-    if row.is_tree:
-        return None if row == tree_row(row.path, row.value or "") else "a tree with more than a path and a value"
-    if not is_item_file(row.file) or row.file not in file_sizes:
-        return f"file {row.file!r} is not a file of this checkpoint"
-    if row.item_offset < 0 or row.item_length < 0 or row.item_offset + row.item_length > file_sizes[row.file]:
-        return f"bytes {row.item_offset}+{row.item_length} are not within {row.file!r}"
-    if row.dtype is None:
-        return _value_problem(row)
-    if row.dtype not in ITEM_BYTES:
-        return f"unknown dtype {row.dtype!r}"
-    if row.value is not None:
-        return "a tensor with a value"
-    if len(row.shape) > MAX_DIMS or not len(row.shape) == len(row.box.offsets) == len(row.box.sizes):
-        return f"shape {row.shape}, offsets {row.box.offsets} and sizes {row.box.sizes} do not match"
-    # Also where a size is 0: strides multiply the others.
-    if any(size < 0 for size in row.shape) or math.prod(max(size, 1) for size in row.shape) * 16 > 2**62:
-        return f"shape {row.shape} is absurd"
-    if any(
-        o < 0 or n < 0 or o + n > size for o, n, size in zip(row.box.offsets, row.box.sizes, row.shape, strict=True)
-    ):
-        return f"chunk at {row.box.offsets} of sizes {row.box.sizes} is outside of shape {row.shape}"
-    stop = row.data_offset + row.num_bytes
-    if not row.item_offset <= row.data_offset <= stop <= row.item_offset + row.item_length:
-        return f"data at {row.data_offset} of {row.num_bytes} bytes is outside of its item"
-    return _block_problem(row)
-
-
-def _value_problem(row: StoredChunk) -> str | None:
-    if row.value is None:
-        return "neither a tensor nor a value"
-    if row.shape or row.box.offsets or row.box.sizes or row.data_offset != row.item_offset:
-        return "a value with a shape"
-    return _block_problem(row)
-
-
-def _block_problem(row: StoredChunk) -> str | None:
-    if not MIN_BLOCK_BYTES <= row.block_bytes <= MAX_BLOCK_BYTES or row.block_bytes & (row.block_bytes - 1):
-        return f"blocks of {row.block_bytes} bytes"
-    if len(row.checksums) != CHECKSUM_BYTES * num_blocks(row.num_bytes, row.block_bytes):
-        return f"{len(row.checksums)} bytes of checksums for {row.num_bytes} bytes in blocks of {row.block_bytes}"
-    return None

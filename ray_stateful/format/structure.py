@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ray_stateful.format.index import KeyPath, StoredChunk
+from ray_stateful.format.rows import KeyPath, StoredChunk
 
 
 def structure_problem(rows: Iterable[StoredChunk]) -> str | None:

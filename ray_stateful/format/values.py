@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_stateful.errors import HostileCheckpoint, UnsupportedState
-from ray_stateful.format.dtypes import ITEM_BYTES
+from ray_stateful.format.dtypes import ITEM_BYTES, dtype_name
 from ray_stateful.format.strict_json import strict_json
 
 if TYPE_CHECKING:
@@ -152,12 +152,14 @@ def _encode_torch(value: Any, key: str, depth: int) -> Any:
     if type(value) is torch.Size:
         return {"$size": list(value)}
     if type(value) is torch.dtype:
-        return {"$dtype": str(value).removeprefix("torch.")}
+        return {"$dtype": dtype_name(value)}
     if type(value) is torch.device:
         return {"$device": str(value)}
-    if type(value) is torch.Tensor and is_dense(value) and _dtype_name(value) in ITEM_BYTES:
+    if type(value) is torch.Tensor and is_dense(value) and dtype_name(value.dtype) in ITEM_BYTES:
         flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().as_strided((value.numel(),), (1,))
-        return {"$tensor": [_dtype_name(value), list(value.shape), _text(flat.view(torch.uint8).numpy().tobytes())]}
+        return {
+            "$tensor": [dtype_name(value.dtype), list(value.shape), _text(flat.view(torch.uint8).numpy().tobytes())]
+        }
     return None
 
 
@@ -320,10 +322,6 @@ def _check_size(shape: Any, item_bytes: int, num_bytes: int) -> None:
     sized = all(type(size) is int and size >= 0 for size in _given(shape, list)) and len(shape) <= MAX_DEPTH
     if not sized or math.prod(shape) * item_bytes != num_bytes:
         raise ValueError(f"shape {shape} does not fit {num_bytes} bytes")
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -23,8 +23,8 @@ from ray_stateful.errors import DamagedCheckpoint
 from ray_stateful.format import index, layout
 from ray_stateful.format.checksums import checksum
 from ray_stateful.format.chunks import coverage_problems
-from ray_stateful.format.index import StoredChunk
 from ray_stateful.format.manifest import Manifest, StoredFile
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage import dcp_metadata, opening
 from ray_stateful.storage.base import Storage
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from ray_stateful.errors import HostileCheckpoint
 from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.index import MAX_DIMS, IntKey, StoredChunk
+from ray_stateful.format.rows import MAX_DIMS, IntKey, StoredChunk
 from ray_stateful.storage.strict_pickle import StrictUnpickler
 
 StorageInfo = _StorageInfo

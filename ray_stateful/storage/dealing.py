@@ -16,8 +16,8 @@ from itertools import accumulate, groupby
 from ray_stateful.format import layout
 from ray_stateful.format.chunks import Box, run_of
 from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.index import StoredChunk
 from ray_stateful.format.manifest import Manifest
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage.ranges import Piece, ReadLimits, joined, pieces_of
 
 # Fewer bytes than this for each request that it saves are sooner read along with much else, and sent, than asked for.

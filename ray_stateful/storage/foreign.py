@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from ray_stateful.errors import HostileCheckpoint
 from ray_stateful.format.chunks import Box
-from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.index import MAX_DIMS, MAX_PATH_LENGTH, MAX_REPEATED_BYTES, IntKey, KeyPath, StoredChunk
+from ray_stateful.format.dtypes import ITEM_BYTES, dtype_name
+from ray_stateful.format.index import MAX_REPEATED_BYTES
+from ray_stateful.format.rows import MAX_DIMS, MAX_PATH_LENGTH, IntKey, KeyPath, StoredChunk
 from ray_stateful.format.stock_item import HEAD_BYTES, data_position
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.dcp_metadata import StorageInfo, is_index
@@ -193,7 +194,7 @@ def _is_plain(tensor: Any, chunk: StoredChunk) -> bool:
         type(tensor) is torch.Tensor
         and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
-        and str(tensor.dtype).removeprefix("torch.") == chunk.dtype
+        and dtype_name(tensor.dtype) == chunk.dtype
         and tuple(tensor.shape) == chunk.box.sizes
     )
 
@@ -270,7 +271,7 @@ def _row(
         places[key] = dict(boxes)
     sizes = places[key]
     return StoredChunk(
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         shape=shape,
         box=Box(offsets, sizes[offsets]),
         **place,

@@ -22,8 +22,8 @@ from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint
 from ray_stateful.format import index, layout
 from ray_stateful.format.checksums import checksum
 from ray_stateful.format.chunks import coverage_problems
-from ray_stateful.format.index import StoredChunk
 from ray_stateful.format.manifest import Manifest
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.format.structure import structure_problem
 from ray_stateful.storage.base import Storage
 

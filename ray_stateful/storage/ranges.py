@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from ray_stateful.format.chunks import Box, span_of, split
 from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.rows import StoredChunk
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from torch.futures import Future
 
 from ray_stateful.format import values
 from ray_stateful.format.chunks import Box, intersection
-from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage import foreign, opening, reading
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.opening import OpenCheckpoint

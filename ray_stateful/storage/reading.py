@@ -16,7 +16,7 @@ from ray_stateful.errors import DamagedCheckpoint
 from ray_stateful.format.checksums import CHECKSUM_BYTES, first_bad_block
 from ray_stateful.format.chunks import Box, span_of, strides_of
 from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage import streams
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.ranges import Fetch, Piece, ReadLimits, fetches_of, pieces_of

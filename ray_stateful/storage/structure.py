@@ -10,7 +10,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from ray_stateful.errors import UnsupportedState
-from ray_stateful.format.index import IntKey, KeyPath
+from ray_stateful.format.rows import IntKey, KeyPath
 
 # Looked up by exact type first: to ask whether something is a Mapping or a Tensor is a call into Python.
 _SCALARS = frozenset({bool, float, int, str, type(None)})

@@ -26,14 +26,16 @@ from typing_extensions import Buffer
 from ray_stateful.format import values
 from ray_stateful.format.checksums import RunningChecksum, block_bytes_for, block_checksums
 from ray_stateful.format.chunks import Box
-from ray_stateful.format.index import StoredChunk, tree_row
+from ray_stateful.format.dtypes import dtype_name
 from ray_stateful.format.layout import item_file
 from ray_stateful.format.manifest import StoredFile
+from ray_stateful.format.rows import StoredChunk, tree_row
 from ray_stateful.format.torch_item import envelope
 from ray_stateful.storage import commit, streams
+from ray_stateful.storage.assignment import SMALL_BYTES, item_bytes
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.commit import Committed, Description, Repeated, WrittenFile
-from ray_stateful.storage.planner import SMALL_BYTES, BalancedSavePlanner, dtype_name, item_bytes
+from ray_stateful.storage.planner import BalancedSavePlanner
 from ray_stateful.storage.retries import DeadlineSink, write_file
 from ray_stateful.storage.uris import resolve
 

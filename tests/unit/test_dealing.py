@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_stateful.format.chunks import Box
-from ray_stateful.format.index import StoredChunk
 from ray_stateful.format.manifest import Manifest
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage.dealing import Deal, Span, between, is_small, pays, weigh, window, window_bytes
 from ray_stateful.storage.ranges import ReadLimits
 

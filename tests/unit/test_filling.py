@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from attacks import victim
 from ray_stateful import filling
-from ray_stateful.format.index import tree_row
+from ray_stateful.format.rows import tree_row
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.states.part import World
 from ray_stateful.storage import opening

@@ -26,8 +26,8 @@ from ray_stateful.errors import DamagedCheckpoint, UnknownFormat, UnsupportedSta
 from ray_stateful.format import checksums, index, layout, values
 from ray_stateful.format.chunks import Box, coverage_problems, intersection, span_of, split, strides_of
 from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.index import IntKey, StoredChunk, tree_row
 from ray_stateful.format.manifest import Manifest, StoredFile
+from ray_stateful.format.rows import IntKey, StoredChunk, tree_row
 from ray_stateful.format.torch_item import envelope
 
 # torch says so of complex32, the first time that it meets it.

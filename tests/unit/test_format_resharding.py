@@ -13,7 +13,7 @@ from ray_stateful.errors import DamagedCheckpoint
 from ray_stateful.format import checksums
 from ray_stateful.format.chunks import Box, intersection
 from ray_stateful.format.dtypes import ITEM_BYTES
-from ray_stateful.format.index import StoredChunk
+from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage.local import LocalStorage
 from ray_stateful.storage.ranges import ReadLimits, fetches_of, pieces_of
 from ray_stateful.storage.reading import Request, read

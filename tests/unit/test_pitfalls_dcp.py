@@ -22,8 +22,9 @@ from ray_stateful.format.index import from_bytes, to_bytes
 from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage import commit, opening
+from ray_stateful.storage.assignment import assign
 from ray_stateful.storage.plan_cache import PlanCache
-from ray_stateful.storage.planner import BalancedSavePlanner, assign
+from ray_stateful.storage.planner import BalancedSavePlanner
 from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.reader import CheckpointReader, read_requests
 from ray_stateful.storage.reading import Request, read

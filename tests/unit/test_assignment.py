@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from ray_stateful.storage.planner import SMALL_BYTES, BalancedSavePlanner, deal, leave, left_out, without
+from ray_stateful.storage.assignment import SMALL_BYTES, deal, leave, left_out, without
+from ray_stateful.storage.planner import BalancedSavePlanner
 
 names = st.sets(st.text(max_size=3), max_size=12)
 

@@ -21,7 +21,8 @@ from ray.data import ExecutionOptions, ExecutionResources, RandomSeedConfig
 from ray.train.torch import TorchTrainer
 
 from ray_stateful.checkpointer import Checkpointer
-from ray_stateful.ray_data import RayDataBatches, ResumableDataConfig, refuse_positional, without
+from ray_stateful.ray_data import RayDataBatches, ResumableDataConfig
+from ray_stateful.ray_shards import refuse_positional, without
 from ray_stateful.states.row_sets import RowSet, as_ids
 
 # Blocks of 29 rows: neither a batch nor a worker's share ends where one of them does.

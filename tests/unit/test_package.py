@@ -28,6 +28,7 @@ LAYERS = [
     {"filling"},
     {"candidates", "matching", "parts", "report"},
     {"ray_callbacks", "ray_data"},
+    {"ray_shards"},
     {"ray_train", "ray_meters", "plain_metrics", "save_requests"},
     {"stateful_wrappers"},
     {"runs", "stopwatch", "wrappers", "states"},
@@ -82,6 +83,7 @@ def test_only_the_ray_modules_import_ray():
         "ray_stateful.ray_callbacks",
         "ray_stateful.ray_data",
         "ray_stateful.ray_meters",
+        "ray_stateful.ray_shards",
     }
 
 

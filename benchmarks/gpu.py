@@ -80,6 +80,8 @@ def _stalls(settings: Settings, size: Size, place: Place) -> list[Row]:
             stall_s = time.perf_counter() - began
             # Alone: what is written meanwhile would slow the copy down, and make the stall look good.
             checkpointer.wait()
+            # One takes as much of the disk as the state; the next save needs none of them.
+            fresh_directory(place)
             torch.cuda.synchronize()
             began = time.perf_counter()
             for shard, buffer in zip(shards, buffers, strict=True):

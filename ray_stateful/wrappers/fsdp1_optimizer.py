@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from ray_stateful.wrappers.optimizer_keys import PARAM_GROUPS, PARAMS, STATE, flatten, leaves, nested, split
-from ray_stateful.wrappers.optimizer_start import gradients_set_aside
+from ray_stateful.wrappers.optimizer_start import gradients_set_aside, initial_state, is_stand_in
 from ray_stateful.wrappers.optimizer_values import check_hyperparameters
 from ray_stateful.wrappers.sharded_tensors import as_dtensor, into_sharded
 
@@ -26,6 +27,7 @@ class Fsdp1Optimizer:
         self.model, self.optimizer = model, optimizer
         self._groups: list[list[str]] = []
         self._names: dict[str, frozenset[str]] = {}
+        # Between `check` and `load`: torch hands out clones, and two moments are a lot of a device's memory.
         self._live: dict[str, Any] = {}
 
     @property
@@ -40,14 +42,21 @@ class Fsdp1Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The flat entries, sharded."""
-        # torch makes the state that is not there yet, but only while no parameter has a gradient.
+        return {key: as_dtensor(value) for key, value in self._flat().items()}
+
+    def _flat(self) -> dict[str, Any]:
+        """The same, as torch has them."""
         with gradients_set_aside(self.optimizer):
-            state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, self.optimizer))
+            lacking = _begin(self.optimizer)
+            try:
+                state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, self.optimizer))
+            finally:
+                for parameter in lacking:
+                    self.optimizer.state.pop(parameter, None)
         self._groups = [list(group[PARAMS]) for group in state[PARAM_GROUPS]]
         self._names = {key: frozenset() for group in self._groups for key in group}
         self._names |= {key: frozenset(name for name, _ in leaves(values)) for key, values in state[STATE].items()}
-        self._live = flatten(state)
-        return {key: as_dtensor(value) for key, value in self._live.items()}
+        return flatten(state)
 
     def check(self, flat: Mapping[str, Any]) -> None:
         """Refuse `flat` before anything is touched.
@@ -55,7 +64,7 @@ class Fsdp1Optimizer:
         Raises:
             ValueError: parameters of one group bring different hyperparameters.
         """
-        self.state_dict()
+        self._live = self._flat()
         self.check_groups(flat)
 
     def check_groups(self, flat: Mapping[str, Any]) -> None:
@@ -76,9 +85,27 @@ class Fsdp1Optimizer:
             key: nested({name: into_sharded(self._live.get(where), flat[where]) for name, where in names.items()})
             for key, names in state.items()
         }
-        self._live = {}
         with gradients_set_aside(self.optimizer):
+            _begin(self.optimizer)
             given: dict[str, Any] = {STATE: states, PARAM_GROUPS: groups}
             options = StateDictOptions(strict=False)
             set_optimizer_state_dict(self.model, self.optimizer, given, options=options)
+        self._live = {}
+        # Saved before the first step: it goes on without state, as it would have. What stands beside the count is as
+        # after a step (NAdam's `mu_product` is not 1).
+        for parameter, values in list(self.optimizer.state.items()):
+            if is_stand_in(self.optimizer, values):
+                del self.optimizer.state[parameter]
         return list(states)
+
+
+def _begin(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Give an optimizer that has no state what it would begin with; the parameters that got it.
+
+    torch would step the optimizer for it: hooks run, and its first step is counted.
+    """
+    if optimizer.state:
+        return []
+    lacking = [p for group in optimizer.param_groups for p in group[PARAMS] if p.requires_grad]
+    optimizer.state.update(zip(lacking, initial_state(optimizer, lacking), strict=True))
+    return lacking

@@ -7,15 +7,22 @@ is made while any parameter has a gradient.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import Adagrad, Optimizer
 
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.wrappers.optimizer_keys import PARAMS
+
+# Its constructor makes the state, and its step relies on it: there is no such thing as a parameter without.
+STARTS_WITH_STATE = (Adagrad,)
+
+# The one moves parameters, and the other is a gradient by itself, which would be in the first momentum.
+_SET_TO_ZERO = ("lr", "weight_decay")
 
 
 @contextmanager
@@ -39,20 +46,23 @@ def gradients_set_aside(optimizer: Optimizer) -> Iterator[None]:
 def initial_state(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
     """The state that `optimizer` would make for `parameters`, which have none; it is left without.
 
-    It is made by a step over zero gradients with a learning rate of 0, and then counts as not stepped: `step` is 0.
+    It is made by a step over zero gradients, a learning rate of 0, and counts as not stepped: `step` is 0. The
+    parameters are copied for it, and put back: 0 times what such a step divides by 0 is no 0 (float16, `eps=0`, and
+    `capturable=True`, whose step size is among the divisors).
 
     Raises:
         UnsupportedState: the optimizer can't take such a step.
     """
-    groups = [{key: value for key, value in group.items() if key != PARAMS} for group in optimizer.param_groups]
+    groups = [dict(group) for group in optimizer.param_groups]
     # The bare method: hooks on `step` belong to the user's training, and a scheduler counts calls of the bound one.
     step: Callable[[Optimizer], Any] = inspect.unwrap(type(optimizer).step)
     with gradients_set_aside(optimizer), torch.no_grad():
+        kept = [local_of(parameter).clone() for parameter in parameters]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         for group in optimizer.param_groups:
-            if "lr" in group:
-                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
+            for name in group.keys() & _SET_TO_ZERO:
+                group[name] = torch.zeros_like(group[name]) if isinstance(group[name], torch.Tensor) else 0.0
         try:
             step(optimizer)
         except (TypeError, RuntimeError) as error:
@@ -60,15 +70,38 @@ def initial_state(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> l
             found = f"state of an optimizer that can't step here ({str(error).splitlines()[0]})"
             raise UnsupportedState(type(optimizer).__name__, found, _NOT_PER_PARAMETER) from error
         finally:
-            for parameter in parameters:
+            for parameter, values in zip(parameters, kept, strict=True):
                 parameter.grad = None
-            for group, values in zip(optimizer.param_groups, groups, strict=True):
-                group.update(values)
+                local_of(parameter).copy_(values)
+            for group, options in zip(optimizer.param_groups, groups, strict=True):
+                # Some count steps in the group, beginning with the first.
+                group.clear()
+                group.update(options)
     made = [dict(optimizer.state.pop(parameter, {})) for parameter in parameters]
     for state in made:
         if "step" in state:
             state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
     return made
+
+
+def is_stand_in(optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state is one that `initial_state` made, as far as its count tells."""
+    return is_torchs(optimizer) and not isinstance(optimizer, STARTS_WITH_STATE) and not is_stepped(state)
+
+
+def is_stepped(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state has seen a step, as far as its count tells."""
+    return "step" not in state or float(state["step"]) != 0
+
+
+def is_torchs(optimizer: Optimizer) -> bool:
+    """Whether the rules of torch's own optimizers hold."""
+    return type(optimizer).__module__.partition(".")[0] == "torch"
+
+
+def local_of(value: Any) -> Any:
+    """What of a DTensor this rank has; anything else as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 _NOT_PER_PARAMETER = "use one whose state belongs to single parameters, sharded like them"

@@ -17,11 +17,16 @@ from torch.optim import Optimizer
 
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.wrappers.optimizer_keys import PARAM_GROUPS, PARAM_NAMES, PARAMS, STATE, leaves, nested, split
-from ray_stateful.wrappers.optimizer_start import initial_state
+from ray_stateful.wrappers.optimizer_start import (
+    STARTS_WITH_STATE,
+    initial_state,
+    is_stand_in,
+    is_stepped,
+    is_torchs,
+    local_of,
+)
 
 _PLAIN = (int, float, bool, str, type(None))
-# Its constructor makes the state, and its step relies on it: there is no such thing as a parameter without.
-_STARTS_WITH_STATE = (torch.optim.Adagrad,)
 
 
 @dataclass(slots=True)
@@ -109,7 +114,7 @@ class BoundOptimizer:
         dampened = {parameter for group, members in self.groups() if group.get("dampening") for _, parameter in members}
         for (_, parameter), state in zip(lacking, made, strict=True):
             for value in state.values() if parameter in dampened else ():
-                _local(value).fill_(-0.0)
+                local_of(value).fill_(-0.0)
         return {key: state for (key, _), state in zip(lacking, made, strict=True)}
 
     def _checked(self, key: str, name: str, value: Any, parameter: torch.Tensor) -> Any:
@@ -136,8 +141,8 @@ class BoundOptimizer:
         are the same everywhere, and so are the scalars of torch's own optimizers, which follow from counts.
         """
         if isinstance(value, torch.Tensor):
-            return value.numel() == 1 and (name == "step" or _is_torchs(self.optimizer))
-        return not isinstance(value, float) or name == "step" or _is_torchs(self.optimizer)
+            return value.numel() == 1 and (name == "step" or is_torchs(self.optimizer))
+        return not isinstance(value, float) or name == "step" or is_torchs(self.optimizer)
 
     def check_groups(self, flat: Mapping[str, Any]) -> None:
         """Refuse hyperparameters that differ within a group: `ValueError`."""
@@ -176,8 +181,25 @@ class BoundOptimizer:
                 for name, where in hyper.get(key, {}).items():
                     if name not in (PARAMS, PARAM_NAMES):
                         group[name] = _into(group.get(name), flat[where])
+            if is_torchs(self.optimizer):
+                self._place_counts(group, [parameter for _, parameter in members])
         self._offered = {}
         return loaded
+
+    def _place_counts(self, group: Mapping[str, Any], parameters: Sequence[torch.Tensor]) -> None:
+        """Put step counts where the group's options want them, which may have come with the checkpoint.
+
+        The rule is that of `torch.optim.Optimizer.load_state_dict`: beside the parameter if the group is `fused` or
+        `capturable`, whose steps take nothing else.
+        """
+        for parameter in parameters:
+            state = self.optimizer.state.get(parameter, {})
+            if not isinstance(state.get("step"), torch.Tensor):
+                continue
+            if group.get("capturable") or group.get("fused"):
+                state["step"] = state["step"].to(dtype=torch.float32, device=parameter.device)
+            elif "capturable" in group or "fused" in group:
+                state["step"] = state["step"].cpu()
 
     def _load_state(self, given: dict[str, dict[str, Any]]) -> list[str]:
         starting: list[tuple[str, torch.Tensor]] = []
@@ -191,12 +213,12 @@ class BoundOptimizer:
                 values = {}
             live = self.optimizer.state.get(parameter)
             if not values:
-                if not isinstance(self.optimizer, _STARTS_WITH_STATE):
+                if not isinstance(self.optimizer, STARTS_WITH_STATE):
                     self.optimizer.state.pop(parameter, None)
             elif live:
                 self.optimizer.state[parameter] = _merged(live, values)
                 loaded.append(key)
-            elif _not_stepped(values):
+            elif not is_stepped(values):
                 continue
             elif self._is_offer(key, values):
                 self.optimizer.state[parameter] = nested(values)
@@ -211,9 +233,9 @@ class BoundOptimizer:
 
     def _is_stand_in(self, values: Mapping[str, Any], is_dampened: bool) -> bool:
         """Whether a parameter's state was made by `_templates`, and saved like that."""
-        if isinstance(self.optimizer, _STARTS_WITH_STATE) or not _is_torchs(self.optimizer):
-            return False
-        return _not_stepped(values) or (is_dampened and all(map(_is_negative_zero, values.values())))
+        if is_dampened and is_torchs(self.optimizer) and all(map(_is_negative_zero, values.values())):
+            return True
+        return is_stand_in(self.optimizer, values)
 
     def _is_offer(self, key: str, values: Mapping[str, Any]) -> bool:
         offer = self._offered.get(key, {})
@@ -263,20 +285,8 @@ def bind(optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> dict[torch.
     return keys
 
 
-def _is_torchs(optimizer: Optimizer) -> bool:
-    return type(optimizer).__module__.partition(".")[0] == "torch"
-
-
-def _not_stepped(values: Mapping[str, Any]) -> bool:
-    return "step" in values and float(values["step"]) == 0
-
-
-def _local(value: Any) -> Any:
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def _is_negative_zero(value: Any) -> bool:
-    local = _local(value)
+    local = local_of(value)
     return isinstance(local, torch.Tensor) and bool(((local == 0) & local.signbit()).all())
 
 

@@ -44,10 +44,10 @@ def train(model, optimizer, steps):
 
 
 def whole(model, optimizer):
-    tensors = [parameter.full_tensor().cpu() for parameter in model.parameters()]
-    for entry in optimizer.state.values():
-        tensors += [getattr(value, "full_tensor", lambda value=value: value)().cpu() for value in entry.values()]
-    return tensors
+    tensors = list(model.parameters())
+    tensors += [value for entry in optimizer.state.values() for value in entry.values()]
+    # Step counts are on the host already, and are counted on there.
+    return [getattr(value, "full_tensor", lambda value=value: value)().cpu().clone() for value in tensors]
 
 
 def state_of(model, optimizer):

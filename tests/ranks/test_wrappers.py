@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import logging
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from ray_stateful import checkpoint
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState, _get_lm_head_weight_and_name
 from ray_stateful.testing import run_ranks
+from ray_stateful.wrappers import fsdp1_optimizer
 from tests.ranks import peft_models
 from tests.ranks.wrapper_models import WRAPPINGS, Tied, assert_same, fsdp2, group_of_a_device, leaves, passed, train
 from tests.transfer import snapshot
@@ -214,6 +218,62 @@ def unused_expert(directory: str, wrapping: str) -> None:
 @pytest.mark.parametrize("wrapping", ["fsdp1", "fsdp2"])
 def test_an_unused_expert_and_live_gradients_cost_no_moments_on_ranks(wrapping, tmp_path):
     passed(run_ranks(2, unused_expert, str(tmp_path), wrapping))
+
+
+def before_the_first_step(directory: str, wrapping: str) -> None:
+    warnings.simplefilter("ignore")
+    for name, make in {
+        "AdamW": torch.optim.AdamW,
+        "NAdam": torch.optim.NAdam,
+        "SGD": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+    }.items():
+        made = []
+        for _ in range(3):
+            model = WRAPPINGS[wrapping](Tied(seed=1))
+            optimizer = make(model.parameters())
+            made.append((model, optimizer, {"m": ModelState(model), "o": OptimizerState(model, optimizer)}))
+        (model, optimizer, saved), (fresh, again, loaded), (untouched, other, never_saved) = made
+        ran: list[Any] = []
+        optimizer.register_step_post_hook(lambda *args, ran=ran: ran.append(args))
+        checkpoint.save(saved, step=0, run=f"{directory}/{name}")
+        assert ran == []
+        assert not optimizer.state
+        checkpoint.restore(loaded, run=f"{directory}/{name}")
+        for trained, with_optimizer in ((model, optimizer), (fresh, again), (untouched, other)):
+            train(trained, with_optimizer, num_steps=2)
+        expected = values(never_saved)
+        assert_same(values(saved), expected)
+        assert_same(values(loaded), expected)
+
+
+@pytest.mark.parametrize("wrapping", ["fsdp1", "fsdp1_flat", "fsdp2"])
+def test_a_save_before_the_first_step_is_not_seen_in_the_training_and_resumes_as_if_never_saved(wrapping, tmp_path):
+    passed(run_ranks(2, before_the_first_step, str(tmp_path), wrapping))
+
+
+def kept_after_a_save(directory: str) -> int:
+    warnings.simplefilter("ignore")
+    model, optimizer, _, state = parts("fsdp1", 1)
+    train(model, optimizer, num_steps=1)
+    handed_out: list[weakref.ref[torch.Tensor]] = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        found = get_optimizer_state_dict(*args, **options)
+        for of_parameter in found["state"].values():
+            for value in of_parameter.values():
+                if hasattr(value, "local_shards"):
+                    handed_out.extend(weakref.ref(shard.tensor) for shard in value.local_shards())
+        return found
+
+    fsdp1_optimizer.get_optimizer_state_dict = noted
+    checkpoint.save(state, step=1, run=directory)
+    gc.collect()
+    assert handed_out
+    return sum(ref() is not None for ref in handed_out)
+
+
+def test_what_fsdp1_clones_for_a_save_is_let_go_after_it(tmp_path):
+    assert passed(run_ranks(2, kept_after_a_save, str(tmp_path))) == [0, 0]
 
 
 class Invented(torch.optim.Optimizer):

@@ -28,7 +28,9 @@ from ray_stateful.format import layout
 from ray_stateful.format.chunks import Box, split
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.layout import CheckpointName
+from ray_stateful.format.manifest import Manifest
 from ray_stateful.format.rows import KeyPath, StoredChunk
+from ray_stateful.parts import check_name
 from ray_stateful.storage import commit, weights
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.commit import Description
@@ -71,11 +73,18 @@ class Imported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What there is to import. `trees` are containers without tensors; `verified` says that bytes have checksums."""
+    """What there is to import. `trees` are containers without tensors; `verified` says that bytes have checksums.
+
+    `step`, `samples` and `world_size` are those of a checkpoint of ours: its parts count on from there, and those with
+    an entry for each rank have as many as ranks wrote it.
+    """
 
     entries: tuple[Entry, ...]
     trees: tuple[StoredChunk, ...] = ()
     verified: bool = False
+    step: int = 0
+    samples: int = 0
+    world_size: int = 1
 
     @property
     def num_bytes(self) -> int:
@@ -92,7 +101,9 @@ def find(storage: Storage, path: str, part: str = "model") -> Source:
 
     Raises:
         DamagedCheckpoint: there is nothing of these kinds; or it can't be read.
+        UnsupportedState: `part` can't be the name of one.
     """
+    check_name(part)
     opened = weights.parse(weights.fetch(storage, path))
     return _source(storage, opened if weights.has_parts(opened) else weights.below(opened, part))
 
@@ -102,32 +113,48 @@ def import_checkpoint(
     run_storage: Storage,
     run_path: str,
     *,
-    step: int = 0,
+    step: int | None = None,
     progress: Progress | None = None,
 ) -> Imported:
     """Write `source` as a committed checkpoint of the run at `run_path`, which has none yet.
 
+    Args:
+        step: Steps it was trained for; by default, as the source says.
+
     Raises:
         FileExistsError: the run has checkpoints: resuming from this one instead would lose them.
     """
-    present = [name for name in run_storage.directories(run_path) if layout.parse_name(name) is not None]
+    step = source.step if step is None else step
+    # What somebody gave up on, or is still at, is none: nobody resumes from it.
+    present = [
+        name
+        for name in run_storage.directories(run_path)
+        if layout.parse_name(name) is not None and layout.MANIFEST in run_storage.sizes(posixpath.join(run_path, name))
+    ]
     if present:
         raise FileExistsError(f"{run_path} has checkpoints already, {present[-1]} among them; import into a new run")
     attempt = secrets.token_hex(3)
     name = str(CheckpointName(step, attempt))
     path = posixpath.join(run_path, name)
     parts = {str(e.path[0]) for e in source.entries} | {str(row.path[0]) for row in source.trees}
-    description = Description(world_size=1, step=step, attempt=attempt, parts=tuple(sorted(parts)))
+    description = Description(
+        world_size=source.world_size, step=step, samples=source.samples, attempt=attempt, parts=tuple(sorted(parts))
+    )
     writer = CheckpointWriter(path, run_storage, num_files=DEFAULT_NUM_FILES, description=description)
     writer.set_up_storage_writer(True, rank=0)
     plan, metadata = _plan(source.entries)
-    results = writer.write_data(plan, _Planner(source.entries, progress)).wait()
-    writer.finish(metadata, [[*results, *map(commit.tree_result, source.trees)]])
+    try:
+        results = writer.write_data(plan, _Planner(source.entries, progress)).wait()
+        writer.finish(metadata, [[*results, *map(commit.tree_result, source.trees)]])
+    except BaseException:
+        # Also Ctrl-C: nobody will go on with it.
+        run_storage.delete(path)
+        raise
     return Imported(
         name=name,
         path=path,
         num_entries=len(source.entries),
-        num_bytes=sum(result.size_in_bytes for result in results),
+        num_bytes=writer.num_bytes,
         verified=source.verified,
     )
 
@@ -181,7 +208,14 @@ def _source(storage: Storage, opened: OpenCheckpoint) -> Source:
         entries=tuple(_entry(storage, opened.path, opened.chunks[key]) for key in sorted(opened.chunks)),
         trees=tuple(opened.trees.values()),
         verified=opened.manifest is not None,
+        **_counts(opened.manifest),
     )
+
+
+def _counts(manifest: Manifest | None) -> dict[str, int]:
+    if manifest is None:
+        return {}
+    return {"step": manifest.step, "samples": manifest.samples, "world_size": manifest.world_size}
 
 
 def _entry(storage: Storage, path: str, chunks: Sequence[StoredChunk]) -> Entry:

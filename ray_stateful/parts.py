@@ -35,14 +35,19 @@ def check(state: State) -> None:
     if not state:
         raise UnsupportedState("the state", "an empty dict", "name at least one part")
     for name, part in state.items():
-        if not isinstance(name, str) or not name or "." in name or name.startswith("$") or not _is_text(name):
-            raise UnsupportedState(ascii(name), "a part of this name", "use a name without dots")
+        check_name(name)
         if not isinstance(part, Stateful):
             raise UnsupportedState(
                 name,
                 f"a {type(part).__name__}, which has no state_dict() and load_state_dict(),",
                 "wrap it in an object that has them, or put its values into the step's metrics",
             )
+
+
+def check_name(name: Any) -> None:
+    """Refuse what can't be the name of a part: `UnsupportedState`."""
+    if not isinstance(name, str) or not name or "." in name or name.startswith("$") or not _is_text(name):
+        raise UnsupportedState(ascii(name), "a part of this name", "use a name without dots")
 
 
 def collect(state: State, rank: int, outcome: Outcome) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class Finding:
 class Verification:
     """What was looked at, and what was found. `num_bytes` were read and compared with their checksums.
 
-    `unverifiable` says why nothing stronger could be done: a plain DCP directory has no checksums.
+    `unverifiable` says why nothing stronger could be done: a plain DCP directory has no checksums, and its items can be
+    opened, or not.
     """
 
     path: str
@@ -252,7 +253,7 @@ def _verify_without_manifest(storage: Storage, path: str, full: bool, sizes: Map
         findings=tuple(_foreign_findings(storage, path, opened)) if full else (),
         num_files=len(sizes),
         num_bytes=0,
-        unverifiable="a plain DCP directory has no checksums: its items can be opened, or not, and that is all",
+        unverifiable="a plain DCP directory has no checksums: its bytes may be others than were written",
     )
 
 

@@ -98,18 +98,27 @@ def verify_(ctx: click.Context, checkpoint: str, full: bool, json_: bool) -> Non
     with meter("verify", sum(sizes.values()) if full else 0) as progress:
         result = verify.verify(storage, path, full=full, progress=progress)
     if json_:
-        as_json({**_fields(result), "intact": not result.findings})
+        # Nobody knows, where there are no checksums.
+        intact = None if result.unverifiable else True
+        as_json({**_fields(result), "intact": False if result.findings else intact})
     else:
         for finding in result.findings:
             say(str(finding))
-        if result.unverifiable:
-            say(f"note: {result.unverifiable}")
-        looked = f"every byte of {result.num_files} files ({size(result.num_bytes)})" if full else "manifest, index and"
-        looked += "" if full else f" the sizes of {result.num_files} files"
-        verdict = f"{len(result.findings)} finding(s)" if result.findings else "intact"
-        say(f"{path}: {verdict}; checked {looked}")
+        say(f"{path}: {_verdict(result)}")
     if result.findings:
         ctx.exit(EXIT_FINDINGS)
+
+
+def _verdict(result: verify.Verification) -> str:
+    found = f"{len(result.findings)} finding(s)"
+    if result.unverifiable is not None:
+        opened = "every item was opened" if result.full else "the metadata was read, and no item"
+        return f"{found if result.findings else 'nothing found'}; {opened}: {result.unverifiable}"
+    if result.full and result.num_bytes:
+        looked = f"every byte of {result.num_files} files ({size(result.num_bytes)})"
+    else:
+        looked = f"manifest, index and the sizes of {result.num_files} files"
+    return f"{found if result.findings else 'intact'}; checked {looked}"
 
 
 @click.command("diff")

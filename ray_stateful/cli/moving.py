@@ -100,11 +100,11 @@ def export_(
 @click.argument("run")
 @click.option("--part", default="model", show_default=True, help="Under which name weights without one are put.")
 @click.option(
-    "--step", type=click.IntRange(0, MAX_STEP), default=0, show_default=True, help="Steps they were trained for."
+    "--step", type=click.IntRange(0, MAX_STEP), help="Steps they were trained for: by default, as SOURCE says, or 0."
 )
 @json_option
-def import_(source: str, run: str, part: str, step: int, json_: bool) -> None:
-    """Make SOURCE (safetensors in the Hugging Face layout, or a DCP directory) the first checkpoint of RUN."""
+def import_(source: str, run: str, part: str, step: int | None, json_: bool) -> None:
+    """Make SOURCE (safetensors in the Hugging Face layout, a DCP directory, or a checkpoint) the first one of RUN."""
     storage, path = place(source)
     run_storage, run_path = place(run)
     from ray_stateful import importing

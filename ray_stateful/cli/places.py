@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from contextlib import suppress
 
+import click
 import pyarrow.fs
 
 from ray_stateful.errors import DamagedCheckpoint, StorageError
@@ -68,7 +69,12 @@ class ListedRun(RayRun):
         """What Ray counts; `None` where it has no list."""
         if SNAPSHOT not in self.storage.sizes(self.path):
             return None
-        return self.tracked()
+        try:
+            return self.tracked()
+        except StorageError as error:
+            # Ray rewrites the file in place, so that a reader may see half of it.
+            click.echo(f"note: which checkpoints Ray counts is not known: {error}", err=True)
+            return None
 
 
 def open_run(uri: str) -> ListedRun:

@@ -91,7 +91,8 @@ class Meter:
 @contextmanager
 def meter(doing: str, total_bytes: int) -> Iterator[Meter]:
     """A progress bar on standard error, if that is a terminal."""
-    if not sys.stderr.isatty():
+    # There is none where it was closed.
+    if sys.stderr is None or not sys.stderr.isatty():
         yield Meter()
         return
     from rich.console import Console

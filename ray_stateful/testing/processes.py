@@ -148,9 +148,16 @@ def _rank_main(
 
 def _pickled(outcome: Any) -> bytes:
     try:
-        return pickle.dumps(outcome)
+        data = pickle.dumps(outcome)
+        # Many an exception takes other arguments than those it hands to Exception, and is made again with these.
+        pickle.loads(data)
     except Exception as error:  # noqa: BLE001 - whatever pickling raised is what the test must see
-        return pickle.dumps(TypeError(f"outcome {outcome!r} can't be pickled: {error}"))
+        told = TypeError(f"outcome {outcome!r} can't be pickled, and read back: {error}")
+        if sys.version_info >= (3, 11):
+            for note in getattr(outcome, "__notes__", []):
+                told.add_note(note)
+        return pickle.dumps(told)
+    return data
 
 
 def _stack_file(directory: str, rank: int) -> str:

@@ -1,13 +1,17 @@
 """Coming from Ray's documented recipe: DCP, a temporary directory, one object with model and optimizer in it."""
 
+import json
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ray_stateful import ModelState, OptimizerState, restore, save
+from ray_stateful import ModelState, OptimizerState, Progress, RandomState, restore, save
+from ray_stateful.cli.main import main
 from ray_stateful.testing import run_ranks
 
 
@@ -66,3 +70,29 @@ def test_a_checkpoint_of_rays_recipe_is_gone_on_from_on_another_number_of_worker
         assert (epoch, verified) == (4, True)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def train_and_save(run):
+    progress = Progress()
+    for _ in range(3):
+        progress.count(samples=8)
+    state = {"model": ModelState(build(seed=1)[0]), "progress": progress, "random": RandomState()}
+    return save(state, step=3, samples=24, run=run, timeout_s=60).uri
+
+
+def go_on_from_an_import(run):
+    progress = Progress()
+    state = {"model": ModelState(build(seed=2)[0]), "progress": progress, "random": RandomState()}
+    report = restore(state, run=run, timeout_s=60)
+    return report.step, report.samples, progress.samples
+
+
+def test_an_imported_checkpoint_of_several_workers_goes_on_on_as_many_from_its_own_step(tmp_path):
+    uri = run_ranks(2, train_and_save, str(tmp_path / "first"))[0]
+
+    result = CliRunner().invoke(main, ["import", uri, str(tmp_path / "second"), "--json"])
+
+    made = json.loads(result.stdout)
+    assert made["name"].startswith("checkpoint_s0000000003_")
+    outcomes = run_ranks(2, go_on_from_an_import, str(tmp_path / "second"))
+    assert outcomes == [(3, 24, 24)] * 2

@@ -90,6 +90,24 @@ def test_a_rank_that_dies_is_an_outcome_that_names_its_exit_code():
     assert "7" in str(outcomes[1])
 
 
+class TakesTwo(Exception):
+    def __init__(self, where, what):
+        super().__init__(f"{where}: {what}")
+
+
+def raise_on_one():
+    if dist.get_rank() == 1:
+        raise TakesTwo("here", "no")
+    return "done"
+
+
+def test_an_exception_that_can_not_be_read_back_costs_no_other_outcome_and_keeps_its_words():
+    first, second = run_ranks(2, raise_on_one)
+    assert first == "done"
+    assert "here: no" in str(second)
+    assert any("raise_on_one" in note for note in second.__notes__)
+
+
 def hang_in(rank):
     if dist.get_rank() == rank:
         time.sleep(60)  # longer than the deadline of the test

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,30 @@ def test_verify_says_that_an_uncommitted_checkpoint_is_one_and_that_a_foreign_on
 
     assert result.exit_code == 0
     assert "no checksums" in result.stdout
+    assert not {"intact", "every byte"} & set(re.findall("intact|every byte", result.stdout))
+    assert run_json("verify", tmp_path / "plain", "--full")["intact"] is None
+
+
+def test_a_run_is_listed_while_ray_rewrites_its_list(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_res')
+
+    result = run("ls", tmp_path)
+
+    assert result.exit_code == 0
+    assert "checkpoint_s0000000001_" in result.stdout
+    assert "is not known" in result.stderr
+
+
+def test_a_command_runs_where_standard_error_is_closed(tmp_path):
+    path = save(tmp_path, 1)
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m ray_stateful.cli verify --full "$1" 2>&-', sys.executable, path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, "intact" in done.stdout) == (0, True)
 
 
 def test_diff_finds_the_largest_difference_and_nothing_between_a_checkpoint_and_itself(tmp_path):

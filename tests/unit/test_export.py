@@ -264,6 +264,28 @@ def test_importing_a_checkpoint_keeps_its_parts(tmp_path):
     assert run("diff", uri, made["path"])["equal"]
 
 
+def test_an_import_that_failed_leaves_nothing_in_the_way_of_the_next(tmp_path, monkeypatch):
+    uri = save(tmp_path / "run", every_dtype())
+    item = next(Path(uri).glob("*.distcp"))
+    whole = item.read_bytes()
+    item.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    (tmp_path / "second" / "checkpoint_s0000000000_aaaaaa").mkdir(parents=True)  # of one that was killed
+
+    assert "is not what was written" in run("import", uri, tmp_path / "second", exit_code=2)
+    item.write_bytes(whole)
+    made = run("import", uri, tmp_path / "second")
+
+    assert {path.name for path in (tmp_path / "second").iterdir()} == {made["name"], "checkpoint_s0000000000_aaaaaa"}
+    assert made["num_bytes"] < sum(path.stat().st_size for path in Path(made["path"]).iterdir())
+
+
+def test_weights_are_not_imported_under_a_name_that_no_part_can_have(tmp_path):
+    uri = save(tmp_path / "run", every_dtype())
+    run("export", uri, tmp_path / "out", "--format", "safetensors")
+    for name in ("policy.model", ""):
+        assert "a part of this name" in run("import", tmp_path / "out", tmp_path / "x", "--part", name, exit_code=2)
+
+
 def test_importing_an_export_is_the_same_checkpoint(tmp_path):
     uri = save(tmp_path / "run", every_dtype())
     run("export", uri, tmp_path / "out", "--format", "safetensors", "--max-file-size", "200")

@@ -21,6 +21,7 @@ from ray_stateful.format.row_checks import row_problem
 from ray_stateful.format.rows import MAX_PATH_LENGTH, MAX_POSITION, IntKey, KeyPath, StoredChunk
 
 MAX_REPEATED_BYTES = 16 << 20
+MAX_VALUES_BYTES = (1 << 31) - 2  # what one column of texts holds
 _MIN_ROW_BYTES = 64  # the fixed-width part of a row: three sizes, three offsets of lists, of texts and of entries
 _ROWS_AT_ONCE = 1 << 16
 _LONG_BYTES = 192  # what a part of other bytes takes, wherever they are
@@ -89,6 +90,12 @@ def stream_of(columns: Mapping[str, pa.Array]) -> bytes:
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]  # pyarrow is untyped
 
 
+def room_for_values(data: bytes) -> int:
+    """How long the values of an index file may be together."""
+    # Each row's value is decoded by itself, however often the file repeats one by reference.
+    return MAX_REPEATED_BYTES + len(data)
+
+
 def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[StoredChunk]:
     """The rows of an index file, each checked against `file_sizes` (of the manifest) and itself.
 
@@ -119,8 +126,7 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
         columns[name] = _repeated(columns[name])
     rows = [_row(columns, n, paths) for n in range(table.num_rows)]
     values = sum(len(row.value) for row in rows if row.value is not None)
-    if values > MAX_REPEATED_BYTES + len(data):
-        # Each row's value is decoded by itself, however often the file repeats one by reference.
+    if values > room_for_values(data):
         raise HostileCheckpoint(where, f"values of {values:,} bytes in an index of {len(data):,}")
     seen: dict[tuple[str, bool, tuple[int, ...]], StoredChunk] = {}
     for row in rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import posixpath
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ray_stateful import collector
-from ray_stateful.errors import DamagedCheckpoint
+from ray_stateful.errors import DamagedCheckpoint, UnsupportedState
 from ray_stateful.format import index, layout
 from ray_stateful.format.checksums import checksum
 from ray_stateful.format.chunks import coverage_problems
@@ -160,17 +160,23 @@ class Committed:
 
         Raises:
             ValueError: two ranks have different trees at one path.
+            UnsupportedState: the values are more than an index has room for.
         """
         checksums = [one for of_rank in everyone for one in of_rank.checksums]
         values = [one for of_rank in everyone for one in of_rank.values]
-        for name, sources in zip(self.columns["key"].to_pylist(), self.sources, strict=True):
+        names = self.columns["key"].to_pylist()
+        for name, sources in zip(names, self.sources, strict=True):
             if len(sources) > 1 and len({values[at] for at in sources}) > 1:
                 raise ValueError(f"{name}: one value on some ranks, and another on others")
+        values = [values[sources[0]] for sources in self.sources]
+        _refuse_large(zip(names, values, strict=True), index.MAX_VALUES_BYTES)
         renewed = {
-            name: index.column_of(name, [entries[sources[0]] for sources in self.sources])
-            for name, entries in (("checksums", checksums), ("value", values))
+            "checksums": index.column_of("checksums", [checksums[sources[0]] for sources in self.sources]),
+            "value": index.column_of("value", values),
         }
-        return index.stream_of({**self.columns, **renewed})
+        data = index.stream_of({**self.columns, **renewed})
+        _refuse_large(zip(names, values, strict=True), index.room_for_values(data))
+        return data
 
 
 def commit(
@@ -184,13 +190,16 @@ def commit(
 
     Raises:
         ValueError: an item that was planned is not among the results, or the written chunks leave a gap.
+        UnsupportedState: the values are more than an index has room for.
         DamagedCheckpoint: a file that some rank wrote is not there, or of another size.
     """
     with collector.paused():
         rows, files = collect(results)
         prove(metadata, rows)
+        _refuse_large(((row.key, row.value) for row in rows), index.MAX_VALUES_BYTES)
         committed = Committed.of(dcp_metadata.to_bytes(metadata, rows), rows, results)
         index_bytes = index.stream_of(committed.columns)
+        _refuse_large(((row.key, row.value) for row in rows), index.room_for_values(index_bytes))
         contents = {layout.DCP_METADATA: committed.metadata, layout.INDEX: index_bytes}
         manifest = _manifest(files, contents, description)
         _check_readable(path, manifest, index_bytes)
@@ -207,19 +216,33 @@ def commit_again(
 
     Raises:
         ValueError: two ranks have different trees at one path.
+        UnsupportedState: the values are more than an index has room for.
         DamagedCheckpoint: a file that some rank wrote is not there, or of another size.
     """
     files = {written.name: written.file for of_rank in everyone for written in of_rank.files}
     contents = {layout.DCP_METADATA: committed.metadata, layout.INDEX: committed.again(everyone)}
     manifest = _manifest(files, contents, description)
-    # All that a reader refuses is about places, but for one thing.
-    if sum(len(value) for of_rank in everyone for value in of_rank.values if value) > index.MAX_REPEATED_BYTES:
-        _check_readable(path, manifest, contents[layout.INDEX])
+    # All else that a reader refuses is about places.
+    opening.check_index_size(path, len(contents[layout.INDEX]))
     _write(storage, path, contents, manifest)
+
+
+def _refuse_large(values: Iterable[tuple[str, str | None]], room: int) -> None:
+    """Refuse values, each with its key, that are longer together than there is room for."""
+    lengths = [(len(text), key) for key, text in values if text is not None]
+    total = sum(length for length, _ in lengths)
+    if total > room:
+        largest, key = max(lengths)
+        raise UnsupportedState(
+            key,
+            f"a value of {largest:,} bytes as text, with all others {total:,} where there is room for {room:,},",
+            "store it as a tensor",
+        )
 
 
 def _check_readable(path: str, manifest: Manifest, index_bytes: bytes) -> None:
     # What no reader would take is not committed: the first to find out must not be the restore that needs it.
+    opening.check_index_size(path, len(index_bytes))
     sizes = manifest.sizes
     opening.parse(opening.RawCheckpoint(path=path, sizes=sizes, manifest=manifest.to_json(), index=index_bytes))
 

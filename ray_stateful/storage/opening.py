@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 
 MAX_MANIFEST_BYTES = 64 << 20
 
-# An index, or foreign metadata, may be as large as this and the items together, and never larger than the other.
-MIN_INDEX_LIMIT_BYTES = 64 << 20
+# Not by the size of the items: the values of a state are twice in its index, and once in the items. And who wants a
+# reader to read so much can write large items as well.
 MAX_INDEX_BYTES = 4 << 30
 
+# Foreign metadata has no values. It may be as large as the items and this.
+_MIN_METADATA_LIMIT_BYTES = 64 << 20
 
 # Of the manifest and of the index, before anything is known of them: the whole, but for the largest states.
 AT_ONCE_BYTES = 4 << 20
@@ -101,9 +103,7 @@ def fetch(storage: Storage, path: str) -> RawCheckpoint:
         # Ours has an index; without its manifest it must not pass for a foreign one, whose bytes nobody checks.
         if layout.INDEX in sizes or layout.parse_name(posixpath.basename(path)) is not None:
             raise DamagedCheckpoint(path, "was never committed: its manifest is missing")
-        return RawCheckpoint(
-            path=path, sizes=sizes, manifest=None, index=_read_bounded(storage, path, layout.DCP_METADATA, sizes)
-        )
+        return RawCheckpoint(path=path, sizes=sizes, manifest=None, index=_read_metadata(storage, path, sizes))
     if sizes[layout.MANIFEST] > MAX_MANIFEST_BYTES:
         raise HostileCheckpoint(path, f"a manifest of {sizes[layout.MANIFEST]:,} bytes")
     data = _whole(storage, path, layout.MANIFEST, starts[layout.MANIFEST].result())
@@ -113,7 +113,7 @@ def fetch(storage: Storage, path: str) -> RawCheckpoint:
             found = f"has {sizes[name]:,} bytes" if name in sizes else "is missing"
             raise DamagedCheckpoint(posixpath.join(path, name), f"{found}; {file.size:,} were written")
     _check_name(path, manifest)
-    _check_bounded(path, layout.INDEX, sizes)
+    check_index_size(path, sizes[layout.INDEX])
     index_bytes = _whole(storage, path, layout.INDEX, starts[layout.INDEX].result())
     return RawCheckpoint(path=path, sizes=sizes, manifest=data, index=index_bytes)
 
@@ -134,7 +134,7 @@ def fetch_description(storage: Storage, path: str) -> RawCheckpoint:
     manifest = Manifest.from_json(data, posixpath.join(path, layout.MANIFEST))
     _check_name(path, manifest)
     sizes = manifest.sizes
-    _check_bounded(path, layout.INDEX, sizes)
+    check_index_size(path, sizes[layout.INDEX])
     # No more than that, however long the file is: these sizes are what the manifest claims.
     found = _read(storage, path, layout.INDEX, sizes[layout.INDEX])
     return RawCheckpoint(path=path, sizes=sizes, manifest=data, index=found)
@@ -151,6 +151,17 @@ def read_manifest(storage: Storage, path: str) -> bytes:
     if len(data) > MAX_MANIFEST_BYTES:
         raise HostileCheckpoint(path, f"a manifest of more than {MAX_MANIFEST_BYTES:,} bytes")
     return data
+
+
+def check_index_size(path: str, num_bytes: int) -> None:
+    """Refuse an index that is too large to be read.
+
+    Raises:
+        HostileCheckpoint: it is.
+    """
+    if num_bytes > MAX_INDEX_BYTES:
+        found = f"is {num_bytes:,} bytes; an index has {MAX_INDEX_BYTES:,} at most"
+        raise HostileCheckpoint(posixpath.join(path, layout.INDEX), found)
 
 
 def parse(raw: RawCheckpoint) -> OpenCheckpoint:
@@ -245,15 +256,12 @@ def _whole(storage: Storage, path: str, name: str, start: bytes | None) -> bytes
     return start if start is not None and len(start) < AT_ONCE_BYTES else _read(storage, path, name)
 
 
-def _read_bounded(storage: Storage, path: str, name: str, sizes: Mapping[str, int]) -> bytes:
-    _check_bounded(path, name, sizes)
-    return _read(storage, path, name)
-
-
-def _check_bounded(path: str, name: str, sizes: Mapping[str, int]) -> None:
+def _read_metadata(storage: Storage, path: str, sizes: Mapping[str, int]) -> bytes:
+    name = layout.DCP_METADATA
     others = sum(size for other, size in sizes.items() if other != name)
-    if sizes[name] > min(MAX_INDEX_BYTES, MIN_INDEX_LIMIT_BYTES + others):
+    if sizes[name] > min(MAX_INDEX_BYTES, _MIN_METADATA_LIMIT_BYTES + others):
         raise HostileCheckpoint(posixpath.join(path, name), f"is {sizes[name]:,} bytes, for {others:,} bytes of items")
+    return _read(storage, path, name)
 
 
 def _read(storage: Storage, path: str, name: str, length: int | None = None) -> bytes:

@@ -16,7 +16,9 @@ from ray_stateful import checkpoint
 from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, StateMismatch, UnsupportedState
 from ray_stateful.format import layout
 from ray_stateful.storage.reader import CheckpointReader
+from ray_stateful.storage.uris import resolve
 from ray_stateful.storage.writer import CheckpointWriter
+from ray_stateful.verify import verify
 from tests.part import Part
 
 # One process without a process group is what these tests are about.
@@ -248,6 +250,20 @@ def test_what_no_reader_would_take_is_not_committed(tmp_path):
     with pytest.raises(SaveFailed, match="path"):
         checkpoint.save({"thing": Part(deep)}, step=1, run=str(tmp_path))
     assert list(tmp_path.glob("*/manifest.json")) == []
+
+
+def test_values_that_are_larger_in_the_index_than_all_items_are_restored(tmp_path):
+    # Each is twice in the index, and a NUL takes six bytes there.
+    text = "\0" * 7_000_000
+    report = checkpoint.save({"thing": Part({"text": text, "epoch": 3})}, step=1, run=str(tmp_path))
+    sizes = {file.name: file.stat().st_size for file in Path(report.uri).iterdir()}
+    assert sizes.pop(layout.INDEX) > sum(sizes.values()) + (64 << 20)
+    fresh = Part()
+
+    checkpoint.restore({"thing": fresh}, run=str(tmp_path))
+
+    assert fresh.value == {"text": text, "epoch": 3}
+    assert verify(*resolve(report.uri), full=True).findings == ()
 
 
 def test_when_no_checkpoint_is_intact_it_is_an_error_and_never_a_start_from_scratch(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from ray_stateful import checkpoint
 from ray_stateful.checkpoint import Saving
 from ray_stateful.errors import SaveFailed
+from ray_stateful.format import index
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage import commit
@@ -89,6 +90,21 @@ def test_values_that_came_to_lie_elsewhere_are_committed_anew(save):
     fresh = Part()
     checkpoint.restore({"part": fresh}, run=report.uri.rpartition("/")[0])
     assert (fresh.value["a"], fresh.value["b"]) == (0.5, 0.25)
+
+
+def test_values_that_an_index_has_no_room_for_are_not_committed_by_a_first_save_nor_by_one_that_builds_on_it(
+    save, monkeypatch, tmp_path
+):
+    with pytest.raises(SaveFailed, match=r"part\.long: .* store it as a tensor"):
+        save({"long": dict.fromkeys("abcdefghijklmnopqrstuvwx", "y" * (1 << 20)), "t": torch.ones(3)})
+    monkeypatch.setattr(index, "MAX_VALUES_BYTES", 3 << 20)
+    save({"text": "x" * (1 << 20), "t": torch.ones(3)})
+    # As long in its file, and six times as long in the index.
+    with pytest.raises(SaveFailed, match=r"part\.text: .* store it as a tensor"):
+        save({"text": "\0" * (1 << 20), "t": torch.ones(3)})
+    ((_, sent),) = gathered
+    assert isinstance(sent, commit.Repeated)
+    assert len(list(tmp_path.glob("*/manifest.json"))) == 1
 
 
 def test_a_save_after_one_that_wrote_elsewhere_and_failed_builds_on_the_last_commit(save):

@@ -26,7 +26,7 @@ from ray_stateful.storage import opening, verifying
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.reading import ReadStatistics
-from ray_stateful.storage.structure import copy_containers
+from ray_stateful.storage.structure import copy_containers, is_tensor, refuse_wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +141,9 @@ def _match(
         template = copy_containers(template)
         _refuse_without_memory(template)
         planner.set_up_planner(template)
+        for key, value in planner.state_dict.items():
+            if is_tensor(value):
+                refuse_wrapper(key, value)
     everyones_keys = _union_of_keys(planner.mappings, outcome, ranks)
     flat = planner.state_dict
     saved = parts.saved_parts(opened)

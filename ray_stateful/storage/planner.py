@@ -31,7 +31,7 @@ from ray_stateful.format.layout import is_of_one_rank
 from ray_stateful.format.rows import KeyPath
 from ray_stateful.storage.assignment import SMALL_BYTES, ValueWriteData, assign
 from ray_stateful.storage.staging import StagedTensors, Staging
-from ray_stateful.storage.structure import flatten, is_tensor, two_of
+from ray_stateful.storage.structure import flatten, is_tensor, refuse_wrapper, two_of
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -189,3 +189,4 @@ def _refuse_unsupported(key: str, value: Any) -> None:
             f"a {kind} tensor of layout {value.layout} and dtype {value.dtype}".replace("  ", " "),
             "give the part a state_dict() of dense tensors",
         )
+    refuse_wrapper(key, value)

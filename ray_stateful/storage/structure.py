@@ -6,15 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.format.rows import IntKey, KeyPath
 
 # Looked up by exact type first: to ask whether something is a Mapping or a Tensor is a call into Python.
 _SCALARS = frozenset({bool, float, int, str, type(None)})
-_LEAVES = _SCALARS | {DTensor, torch.Tensor, torch.nn.Parameter}
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_LEAVES = _SCALARS | _PLAIN | {DTensor}
 
 
 class PerRank(dict[str, Any]):
@@ -85,6 +88,33 @@ def copy_containers(value: Any) -> Any:
 def is_tensor(value: Any) -> bool:
     """Whether a leaf of a state dict is stored as a tensor: a plain one, a DTensor, or what FSDP1 saves."""
     return type(value) not in _SCALARS and isinstance(value, torch.Tensor | ShardedTensor)
+
+
+def refuse_wrapper(key: str, tensor: Any) -> None:
+    """Refuse a tensor whose elements are other tensors', such as codes and a scale; also as the shard of a DTensor.
+
+    It has no memory of its own: what is read into it would be lost, and the part would keep what it had.
+
+    Raises:
+        UnsupportedState: it is one.
+    """
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()
+    # The result of a collective is one as well, and waits for its elements.
+    if type(tensor) in _PLAIN or isinstance(tensor, ShardedTensor | AsyncCollectiveTensor):
+        return
+    if is_traceable_wrapper_subclass(tensor) or _has_no_memory(tensor):
+        raise UnsupportedState(
+            key,
+            f"a {type(tensor).__name__}, whose elements are in other tensors,",
+            "give the part a state_dict() of those, or of a plain tensor made of them",
+        )
+
+
+def _has_no_memory(tensor: torch.Tensor) -> bool:
+    # One of `FakeTensorMode`, which plans are made of, has some on the device "meta".
+    return tensor.numel() > 0 and tensor.untyped_storage().device.type != "meta" and tensor.data_ptr() == 0
 
 
 def is_whole(tensor: Any) -> bool:

@@ -11,9 +11,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from ray_stateful import checkpoint
+from ray_stateful.errors import SaveFailed
 from ray_stateful.ranks import Ranks
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState
 from ray_stateful.testing import run_ranks
+from tests.codes import FlatCodes
 from tests.part import Part, opened
 
 
@@ -78,6 +80,21 @@ def save_unlike(run, extra):
 def test_what_not_every_rank_has_is_saved_as_well(tmp_path, extra):
     wanted = {"a": [0.0, 1.0, 2.0], "b": 2.0, "inside": [7.0, 7.0, 7.0], "rate": 0.5, **dict.fromkeys(extra, 3.0)}
     assert run_ranks(3, save_unlike, str(tmp_path), extra) == [wanted] * 3
+
+
+def save_codes(run):
+    mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
+    shard = DTensor.from_local(FlatCodes(torch.ones(2, 3, dtype=torch.int8), torch.tensor(0.5)), mesh, [Shard(0)])
+    try:
+        checkpoint.save({"part": Part({"weight": shard})}, step=1, run=run, timeout_s=30)
+    except SaveFailed as error:
+        return str(error)
+
+
+def test_a_shard_whose_elements_are_in_other_tensors_is_refused_by_its_key(tmp_path):
+    for outcome in run_ranks(2, save_codes, str(tmp_path)):
+        assert "rank 1: UnsupportedState: part.weight: a FlatCodes" in outcome
+    assert list(tmp_path.iterdir()) == []
 
 
 def save_cut(run):

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from ray_stateful import checkpoint
-from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, StateMismatch, UnsupportedState
+from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed, StateMismatch, UnsupportedState
 from ray_stateful.format import layout
+from ray_stateful.stateful_wrappers import ModelState
 from ray_stateful.storage.reader import CheckpointReader
 from ray_stateful.storage.uris import resolve
 from ray_stateful.storage.writer import CheckpointWriter
 from ray_stateful.verify import verify
+from tests.codes import Codes, FlatCodes
 from tests.part import Part
 
 # One process without a process group is what these tests are about.
@@ -105,6 +108,41 @@ def test_what_cannot_be_stored_is_refused_by_its_key(tmp_path, value):
     with pytest.raises(SaveFailed, match=r"thing\.key.*can't be stored"):
         checkpoint.save({"thing": Part(value())}, step=1, run=str(tmp_path))
     assert not list(tmp_path.rglob("*.distcp"))
+
+
+class Named(torch.Tensor):
+    """A tensor with elements of its own, of a class of its own."""
+
+
+@pytest.mark.parametrize("kind", [Codes, FlatCodes])
+def test_a_tensor_whose_elements_are_in_others_is_neither_saved_nor_loaded_into(tmp_path, kind):
+    model = torch.nn.Linear(3, 1, bias=False)
+    checkpoint.save({"model": ModelState(model)}, step=1, run=str(tmp_path))
+    model.weight = torch.nn.Parameter(kind(torch.ones(1, 3, dtype=torch.int8), torch.tensor(0.5)), requires_grad=False)
+
+    refusal = rf"model\.weight: a {kind.__name__}"
+    with pytest.raises(SaveFailed, match=refusal):
+        checkpoint.save({"model": ModelState(model)}, step=2, run=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(RankFailed, match=refusal):
+        checkpoint.restore({"model": ModelState(model)}, run=str(tmp_path))
+    with pytest.raises(RankFailed, match=refusal):
+        checkpoint.restore({"model": Part({"weight": model.weight})}, run=str(tmp_path))
+    assert model.weight.scale == 0.5
+
+
+def named(tensor):
+    return tensor.as_subclass(Named)
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.Parameter, torch.nn.Buffer, AsyncCollectiveTensor, named])
+def test_a_tensor_of_another_class_that_has_its_elements_is_saved_and_loaded_into(tmp_path, wrap):
+    checkpoint.save({"thing": Part({"t": wrap(torch.arange(3.0))})}, step=1, run=str(tmp_path))
+    fresh = Part({"t": wrap(torch.zeros(3))})
+
+    checkpoint.restore({"thing": fresh}, run=str(tmp_path))
+
+    assert fresh.value["t"].tolist() == [0.0, 1.0, 2.0]
 
 
 def test_a_part_whose_name_is_no_text_is_refused(tmp_path):

@@ -7,6 +7,7 @@ storage_writer=CheckpointWriter(uri))` as well.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -90,6 +91,20 @@ class CheckpointWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Called by DCP, on the coordinator alone, before any file is written. `save` has no need of it.
+
+        Raises:
+            FileExistsError: the directory is not new.
+        """
+        there = sorted(self._storage.sizes(self._path))
+        if there:
+            # Its files would be overwritten one by one: a save that fails has destroyed the checkpoint by then.
+            raise FileExistsError(
+                errno.EEXIST,
+                f"a checkpoint needs a directory of its own, and there is {there[0]!r} in it: name another one, or "
+                "delete this one first",
+                self._path,
+            )
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_stateful import checkpoint
 from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed, StateMismatch, UnsupportedState
@@ -223,6 +224,22 @@ def test_bare_dcp_save_and_load_work_with_our_writer_and_reader(tmp_path):
     assert torch.equal(found["thing"]["a"], tensors["a"])
     assert found["thing"]["n"] == 5
     assert reader.statistics.bytes_read == 300 * 40 * 4
+
+
+@alone
+@pytest.mark.parametrize("name", [layout.MANIFEST, "__0_0.distcp"])
+def test_bare_dcp_save_writes_into_no_directory_that_has_files(tmp_path, name):
+    where = tmp_path / "latest"
+    dcp.save({"t": torch.ones(3)}, storage_writer=CheckpointWriter(where), no_dist=True)
+    for file in where.iterdir():
+        if file.name != name and name != layout.MANIFEST:
+            file.unlink()
+    before = {file.name: file.read_bytes() for file in where.iterdir()}
+
+    with pytest.raises(CheckpointException, match=r"a directory of its own.*latest"):
+        dcp.save({"t": torch.zeros(3)}, storage_writer=CheckpointWriter(where), no_dist=True)
+
+    assert {file.name: file.read_bytes() for file in where.iterdir()} == before
 
 
 def test_equal_values_are_stored_once(tmp_path):

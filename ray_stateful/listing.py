@@ -47,7 +47,9 @@ def entries(storage: Storage, path: str, tracked: Set[str] | None) -> list[Entry
     """
     names = sorted(name for name in storage.directories(path) if layout.parse_name(name) is not None)
     with ThreadPoolExecutor(max_workers=_NUM_THREADS, thread_name_prefix="checkpoint-list") as pool:
-        return list(pool.map(lambda name: _entry(storage, path, name, tracked), names))
+        found = pool.map(lambda name: _entry(storage, path, name, tracked), names)
+    # As `runs.committed` orders them: a restore takes the last.
+    return sorted(found, key=lambda entry: (entry.step, entry.created_s or 0.0))
 
 
 def _entry(storage: Storage, path: str, name: str, tracked: Set[str] | None) -> Entry:

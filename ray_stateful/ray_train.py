@@ -21,7 +21,7 @@ import pyarrow.fs
 from ray_stateful.errors import ReportFailed, StorageError
 from ray_stateful.format import layout
 from ray_stateful.plain_metrics import plain_metrics
-from ray_stateful.runs import DirectoryRun, Run
+from ray_stateful.runs import DirectoryRun, Run, committed
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.retries import RetryingStorage
@@ -162,10 +162,7 @@ class RayRun:
             return []
         newest = max((name.step for name in known if name is not None), default=-1)
         found = filter(None, map(layout.parse_name, self.storage.directories(self.path)))
-        newer = sorted((name for name in found if name.step > newest), reverse=True)
-        return [
-            str(name) for name in newer if layout.MANIFEST in self.storage.sizes(posixpath.join(self.path, str(name)))
-        ]
+        return list(committed(self.storage, self.path, (name for name in found if name.step > newest)))
 
 
 class LocalModeRun(DirectoryRun):

@@ -7,12 +7,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass, replace
+from itertools import groupby
 from typing import Any, Protocol
 
+from ray_stateful.errors import DamagedCheckpoint
 from ray_stateful.format import layout
+from ray_stateful.format.layout import CheckpointName
+from ray_stateful.format.manifest import Manifest
+from ray_stateful.storage import opening
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.retries import RetryingStorage
 
@@ -71,14 +77,34 @@ class DirectoryRun:
         """Nobody counts."""
 
     def candidates(self) -> Iterator[str]:
-        names = [name for name in self.storage.directories(self.path) if layout.parse_name(name) is not None]
-        for name in sorted(names, reverse=True):
-            # One by one: the newest is enough, as a rule, and there may be hundreds.
-            if layout.MANIFEST in self.storage.sizes(posixpath.join(self.path, name)):
-                yield name
+        directories = self.storage.directories(self.path)
+        return committed(self.storage, self.path, filter(None, map(layout.parse_name, directories)))
 
     def tracked(self) -> None:
         return None
+
+
+def committed(storage: Storage, path: str, names: Iterable[CheckpointName]) -> Iterator[str]:
+    """Those of `names` in directory `path` that are committed, newest first.
+
+    Newest is the highest step, and of one step what was committed last: two come of going back on purpose, or of
+    saving a step twice, and their names are in the order of chance. Step by step: the first is enough, as a rule, and
+    there may be hundreds.
+    """
+    for _, of_step in groupby(sorted(names, reverse=True), key=lambda name: name.step):
+        there = [str(name) for name in of_step]
+        there = [name for name in there if layout.MANIFEST in storage.sizes(posixpath.join(path, name))]
+        if len(there) > 1:
+            there.sort(key=lambda name: _created_s(storage, posixpath.join(path, name)), reverse=True)
+        yield from there
+
+
+def _created_s(storage: Storage, path: str) -> float:
+    try:
+        return Manifest.from_json(opening.read_manifest(storage, path), path).created_s
+    except (DamagedCheckpoint, FileNotFoundError):
+        # First: whoever opens it will refuse it, and say so. Last, it would be passed over without a word.
+        return math.inf
 
 
 def within(run: Run, timeout_s: float) -> Run:

@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_stateful import checkpoint
 from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed, StateMismatch, UnsupportedState
+from ray_stateful import checkpoint, listing
+from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, StateMismatch, UnsupportedState
 from ray_stateful.format import layout
 from ray_stateful.stateful_wrappers import ModelState
 from ray_stateful.storage.reader import CheckpointReader
@@ -295,6 +297,39 @@ def test_a_damaged_checkpoint_falls_back_to_the_older_one_and_says_so(tmp_path):
     assert torch.equal(fresh.value["t"], torch.full((5000,), 1.0))
     assert item.name in str(restored)
     assert "that costs 1 steps" in str(restored)
+
+
+def saved_twice(tmp_path, monkeypatch):
+    """Two checkpoints of step 10 besides one of step 1: the names of both, of which the later one is the lower."""
+    attempts = iter(["000001", "ffffff", "00000a"])
+    named = layout.CheckpointName
+    monkeypatch.setattr(checkpoint, "CheckpointName", lambda step, attempt: named(step, next(attempts)))
+    made = [(1, "first"), (10, "abandoned"), (10, "new")]
+    reports = [checkpoint.save({"thing": Part({"is": value})}, step=step, run=str(tmp_path)) for step, value in made]
+    return [report.name for report in reports[1:]]
+
+
+def restored(run):
+    fresh = Part()
+    report = checkpoint.restore({"thing": fresh}, run=run)
+    return fresh.value["is"], list(report.rejected)
+
+
+def test_of_two_checkpoints_of_one_step_the_newest_is_the_one_that_was_committed_last(tmp_path, monkeypatch):
+    abandoned, new = saved_twice(tmp_path, monkeypatch)
+    assert new < abandoned
+
+    assert restored(str(tmp_path)) == ("new", [])
+    assert [entry.name for entry in listing.entries(*resolve(str(tmp_path)), None)][1:] == [abandoned, new]
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_manifest_that_is_damaged_keeps_no_other_one_of_its_step_from_being_found(tmp_path, monkeypatch, damaged):
+    names = saved_twice(tmp_path, monkeypatch)
+    (tmp_path / names[damaged] / layout.MANIFEST).write_bytes(b"{")
+
+    # It is said that it was passed over, whichever it was.
+    assert restored(str(tmp_path)) == (["new", "abandoned"][damaged], [names[damaged]])
 
 
 def test_what_no_reader_would_take_is_not_committed(tmp_path):

@@ -50,8 +50,9 @@ class Checkpointer:
     Args:
         state: Name to part, as for `ray_stateful.save`.
         every_n_steps: Save whenever the number of completed steps is a multiple of this.
-        every_s: Save when this many seconds have passed since the last save, on any rank.
-        at_end: Save the last step when the `with` block ends without an exception.
+        every_s: Save when this many seconds have passed since the last save, on any rank; also since one that failed.
+        at_end: Save the last step when the `with` block ends without an exception. Without it, that is still done if
+            a save is due by then: one that was requested, or put off for one in flight.
         background: Write while training goes on; it stands still for one copy of the local shards to host memory,
             which is kept for the next save. One save is in flight at most: one that is due meanwhile is begun when
             that has ended. What can't wait (a resize, a preemption, the end) is saved in the foreground, after it.
@@ -108,9 +109,13 @@ class Checkpointer:
         self._background = BackgroundSaver(Ranks.of_world(timeout_s, own), timeout_s) if background else None
         self._plans = PlanCache()
         self._postponed = False
-        self._requested = threading.Event()
+        # The newest request, the one that a save was begun after, and the one that a save was made after. Each is an
+        # object of its own: to assign one needs no lock, which a signal's handler could find taken by its own thread.
+        self._request: object | None = None
+        self._taken: object | None = None
+        self._served: object | None = None
         self._saved_step: int | None = None
-        self._saved_at_s = time.monotonic()
+        self._tried_at_s = time.monotonic()
         self._save_s: float | None = None
         self._num_failed = 0
         self._preemption: ray_train.Preemption | None = None
@@ -127,10 +132,11 @@ class Checkpointer:
         """Save the last step, unless it is saved or the body raised: then nobody knows where the other ranks are."""
         if kind is not None:
             return
-        self._agree(Reason.END)
+        decision = self._agree(Reason.END | self._request_wish())
         self.wait()
+        is_due = self._at_end or self._postponed or bool(decision.reasons & Reason.REQUEST)
         # A run that trained nothing has nothing to save.
-        if self._at_end and self.step_count not in (0, self._saved_step):
+        if is_due and self.step_count not in (0, self._saved_step):
             # Not softly: there is no later save that could make up for it.
             self.save(self._metrics)
 
@@ -156,7 +162,7 @@ class Checkpointer:
         # Initial weights are no saved step of this run.
         if report is not None and not report.initial:
             self.step_count = self._saved_step = report.step
-        self._saved_at_s = time.monotonic()
+        self._tried_at_s = time.monotonic()
         return report
 
     def step(self, metrics: Mapping[str, Any] | None = None) -> SaveReport | None:
@@ -203,7 +209,7 @@ class Checkpointer:
     def save(self, metrics: Mapping[str, Any] | None = None) -> SaveReport:
         """Save now. Collective. Raises what `ray_stateful.save` raises."""
         self.wait()
-        self._postponed = False
+        self._postponed, self._taken = False, self._request
         saving = self._saving(metrics)
         saving.agree_on_step(self._ranks)
         saving.collect()
@@ -224,26 +230,32 @@ class Checkpointer:
             self._softly(self._finish)
 
     def request_save(self) -> None:
-        """Ask for a save at the next step boundary; from any thread, on any one rank or more."""
-        self._requested.set()
+        """Ask for a save at the next step boundary; from any thread or signal handler, on any one rank or more.
+
+        If that save fails, and `soft_fail` forgives it, it is tried again at the next boundary.
+        """
+        self._request = object()
 
     def _wishes(self) -> Reason:
         """What this rank would like, of its own knowledge."""
-        reasons = Reason(0)
+        reasons = self._request_wish()
         if self._every_n_steps is not None and self.step_count % self._every_n_steps == 0:
             reasons |= Reason.STEPS
-        if self._every_s is not None and time.monotonic() - self._saved_at_s >= self._every_s:
+        if self._every_s is not None and time.monotonic() - self._tried_at_s >= self._every_s:
             reasons |= Reason.SECONDS
-        if self._requested.is_set():
-            reasons |= Reason.REQUEST
         if self._is_preempted():
             reasons |= Reason.PREEMPTION
         return reasons
 
+    def _request_wish(self) -> Reason:
+        """Whether a request waits for a save: none was made after it, and none that is in flight was begun after it."""
+        in_flight = self._background is not None and self._background.busy
+        if self._request is self._served or (in_flight and self._request is self._taken):
+            return Reason(0)
+        return Reason.REQUEST
+
     def _agree(self, mine: Reason) -> Decision:
         """Tell the others what this rank would like, and do as all do."""
-        # Cleared before it is shared: a request that comes in meanwhile is for the next step.
-        self._requested.clear()
         written = self._background is not None and self._background.written
         wish = [self.step_count, int(mine), save_requests.save_requested(), int(written)]
         return decide(self._ranks.all_gather_ints("decide whether to save", wish))
@@ -260,18 +272,18 @@ class Checkpointer:
         )
 
     def _begin(self, background: BackgroundSaver, metrics: Mapping[str, Any] | None) -> None:
+        self._postponed, self._taken = False, self._request
         background.begin(self._saving(metrics))
-        self._postponed = False
         # The interval counts from here, or a save that takes longer than it would be followed by the next at once.
-        self._saved_at_s = time.monotonic()
+        self._tried_at_s = time.monotonic()
 
     def _finish(self) -> SaveReport:
         assert self._background is not None
         return self._saved(self._background.finish(self._ranks))
 
     def _saved(self, report: SaveReport) -> SaveReport:
-        self._saved_step, self._saved_at_s, self._save_s = report.step, time.monotonic(), report.seconds
-        self._num_failed = 0
+        self._saved_step, self._tried_at_s, self._save_s = report.step, time.monotonic(), report.seconds
+        self._num_failed, self._served = 0, self._taken
         if self._orphans_after_s is not None:
             # After a save and not before: there is a newest checkpoint, and storage answers.
             after_s, self._orphans_after_s = self._orphans_after_s, None
@@ -283,6 +295,8 @@ class Checkpointer:
             return save()
         except SaveFailed as error:
             self._num_failed += 1
+            # The interval counts from here too: at the next step storage is as it is at this one.
+            self._tried_at_s = time.monotonic()
             if self._num_failed > self._soft_fail:
                 raise
             # Every rank counts alike: SaveFailed is raised on all of them.

@@ -8,6 +8,7 @@ import torch
 from ray_stateful import Checkpointer, checkpoint
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage.uris import resolve
+from ray_stateful.testing import FaultyStorage, Hang
 
 
 class Cloning:
@@ -95,3 +96,22 @@ def test_a_default_device_of_the_user_is_not_where_buffers_are_made(tmp_path, ba
         checkpoint.restore({"part": fresh}, run=str(tmp_path))
 
     assert torch.equal(fresh.weight, part.weight)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_save_that_is_due_when_the_block_ends_is_made_also_without_one_at_the_end(tmp_path, asked):
+    storage, path = resolve(str(tmp_path))
+    slow = FaultyStorage(storage.inner, [Hang("open_sink")])
+    every = 4 if asked else 2
+    saver = Checkpointer(
+        {"part": Cloning()}, every_n_steps=every, at_end=False, background=True, run=DirectoryRun(slow, path, path)
+    )
+    with saver:
+        for _ in range(4 + asked):
+            saver.step()
+        if asked:
+            saver.request_save()
+        slow.release()
+
+    steps = sorted(int(path.parent.name[12:22]) for path in tmp_path.glob("*/manifest.json"))
+    assert steps == ([4, 5] if asked else [2, 4])

@@ -1,0 +1,78 @@
+"""When one process saves: requests from anywhere, and what a failed save does to the ones that follow."""
+
+import sys
+import threading
+from types import SimpleNamespace
+
+import torch
+
+from ray_stateful import Checkpointer, checkpointer
+from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage.uris import resolve
+from ray_stateful.testing import Fail, FaultyStorage
+from tests.part import Part
+
+# Where a signal's handler may find the training thread: in the loop's own lines, and in those of a lock.
+_PLACES = {checkpointer.__file__, threading.__file__}
+
+
+def saver_of(run, faults=(), **settings):
+    storage, path = resolve(str(run))
+    run = DirectoryRun(FaultyStorage(storage.inner, faults), path, path)
+    return Checkpointer({"part": Part({"weight": torch.ones(3)})}, run=run, **settings)
+
+
+def interrupted_step(saver, at):
+    """A step, with a request before its `at`-th line, made by this very thread; and whether there is such a line."""
+    passed = 0
+
+    def trace(frame, event, argument):
+        nonlocal passed
+        if frame.f_code.co_filename not in _PLACES:
+            return None
+        if event == "line":
+            passed += 1
+            if passed == at:
+                saver.request_save()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        report = saver.step()
+    finally:
+        sys.settrace(before)
+    return report, passed >= at
+
+
+def test_a_request_of_a_signal_handler_is_served_by_this_step_or_the_next_wherever_it_interrupts(tmp_path):
+    saver = saver_of(tmp_path, orphans_after_s=None)
+    at, is_there = 1, True
+    while is_there:
+        report, is_there = interrupted_step(saver, at)
+        saved = [report is not None, saver.step() is not None, saver.step() is not None]
+        # By one of them, and by no other one.
+        assert saved in ([True, False, False], [False, True, False]) or not is_there, at
+        at += 1
+    assert at > 20
+
+
+def test_a_request_whose_save_failed_and_was_forgiven_is_made_again_at_the_next_step(tmp_path):
+    saver = saver_of(tmp_path, [Fail("open_sink")], every_n_steps=1000, soft_fail=1)
+    saver.request_save()
+
+    assert [saver.step() is not None for _ in range(4)] == [False, True, False, False]
+
+
+def test_after_a_failed_save_the_interval_of_seconds_begins_anew(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(checkpointer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    saver = saver_of(tmp_path, [Fail("open_sink", num_times=None)], every_s=60.0, soft_fail=2)
+
+    failed = []
+    for _ in range(130):
+        now[0] += 1.0
+        # At consecutive steps, storage that fails for a moment would use up all that may fail.
+        saver.step()
+        failed.append(saver._num_failed)
+    assert failed == [0] * 59 + [1] * 60 + [2] * 11

@@ -10,9 +10,9 @@ Saving
      depends on, and whether it refuses: its report is prepared before
   4. (all, rank 0, all)  local plan, global plan, final plan; or the last save's, if all ranks have the same structure
   5. (all)     stream the items to files, with checksums computed on the way
-  6. (all)     gather outcomes: one rank's failure is every rank's `SaveFailed`
+  6. (all)     gather outcomes: one rank's failure is every rank's `SaveFailed`, and rank 0 deletes what was written
   7. (rank 0)  proves that the chunks cover every tensor, writes metadata and index, and last the manifest: the commit
-  8. (all)     share the outcome of 7; then every rank reports, or none does
+  8. (all)     share the outcome of 7, as that of 5; then every rank reports, or none does
 
 Restoring
   1. (rank 0)  candidates, newest first; manifest and index of one are read there, and broadcast
@@ -44,14 +44,16 @@ from ray_stateful import candidates, collector, meters, parts, ray_train, restor
 from ray_stateful import initial as initial_weights
 from ray_stateful.candidates import Candidate, Rejected
 from ray_stateful.errors import NoIntactCheckpoint, ReportFailed, SaveFailed, UnevenSteps
-from ray_stateful.format.layout import MAX_STEP, CheckpointName
+from ray_stateful.format.layout import MANIFEST, MAX_STEP, CheckpointName
 from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Failure, Outcome, Ranks, current_rank
 from ray_stateful.ray_meters import Sample
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.runs import Run, within
 from ray_stateful.stopwatch import Stopwatch
+from ray_stateful.storage import deadlines
 from ray_stateful.storage.assignment import deal, leave, left_out, without
+from ray_stateful.storage.base import Storage
 from ray_stateful.storage.commit import Description, places_digest, repeated
 from ray_stateful.storage.plan_cache import PlanCache, agree, entries_digest, structure_digest
 from ray_stateful.storage.planner import BalancedSavePlanner
@@ -65,6 +67,9 @@ from ray_stateful.storage.writer import DEFAULT_NUM_FILES, CheckpointWriter, che
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Seconds, at most. Until then the other ranks, which have nothing to delete, wait at the next step.
+_DISCARD_S = 30.0
 
 
 def save(
@@ -219,6 +224,23 @@ class Saving:
         storage = run.storage.within(ranks.timeout_s) if isinstance(run.storage, RetryingStorage) else run.storage
         writer = CheckpointWriter(path, storage, num_files=self._num_files, description=description)
         writer.set_up_storage_writer(ranks.rank == 0, rank=ranks.rank)
+        try:
+            self._write_and_commit(ranks, path, writer, plan, metadata)
+        except SaveFailed:
+            # A write that was given up may still add to it: that is an orphan, to be collected later.
+            if ranks.rank == 0 and not writer.may_be_committed:
+                _discard(storage, path, min(_DISCARD_S, ranks.timeout_s / 8))
+            raise
+        self._created_s = time.time()
+        # Until here: a background save is reported when the training thread next has a moment for it.
+        self._seconds = time.monotonic() - self._began
+        self.clock.stop()
+
+    def _write_and_commit(
+        self, ranks: Ranks, path: str, writer: CheckpointWriter, plan: SavePlan, metadata: Metadata | None
+    ) -> None:
+        """5 to 7. Raises `SaveFailed` on every rank, once all have ended what they do for this save, or given up."""
+        outcome, planner = self._outcome, self._planner
         written: list[WriteResult] = []
         with outcome.catch():
             if planner.staged is not None:
@@ -241,12 +263,8 @@ class Saving:
                 assert metadata is not None
                 committed = writer.commit(metadata, everyone)
         sizes = _agree(ranks, path, "commit", outcome, [writer.num_bytes])
-        self._created_s = time.time()
         self._plans.keep_commit(places, committed)
         self._num_bytes = sum(size for (size,) in sizes)
-        # Until here: a background save is reported when the training thread next has a moment for it.
-        self._seconds = time.monotonic() - self._began
-        self.clock.stop()
 
     @_counted
     def report(self, ranks: Ranks) -> SaveReport:
@@ -462,6 +480,23 @@ def _agree(ranks: Ranks, path: str, phase: str, outcome: Outcome, facts: Sequenc
 def _raise_if_any_failed(path: str, phase: str, failures: Mapping[int, Failure], outcome: Outcome) -> None:
     if failures:
         raise SaveFailed(path, phase, {rank: failure.text for rank, failure in failures.items()}) from outcome.error
+
+
+def _discard(storage: Storage, path: str, timeout_s: float) -> None:
+    """Delete what a failed save has written, as far as that can be done in time.
+
+    Left there, what a full disk had room for would keep it full: the next save would fail for this one.
+    """
+
+    def delete() -> None:
+        if MANIFEST not in storage.sizes(path):
+            storage.delete(path)
+
+    outcome = Outcome()
+    with outcome.catch():
+        deadlines.call(delete, timeout_s, path)
+    if outcome.error is not None:
+        logger.warning("what the failed save wrote to %s stays until orphans are collected: %s", path, outcome.error)
 
 
 def _versions() -> dict[str, str]:

@@ -179,14 +179,14 @@ class Committed:
         return data
 
 
-def commit(
+def prepare(
     storage: Storage,
     path: str,
     metadata: Metadata,
     results: Sequence[Sequence[WriteResult]],
     description: Description,
-) -> Committed:
-    """Prove the checkpoint complete, and write `.metadata`, the index and, last, the manifest into directory `path`.
+) -> tuple[Committed, Manifest]:
+    """Prove the checkpoint complete, and write `.metadata` and the index into directory `path`: all but the manifest.
 
     Raises:
         ValueError: an item that was planned is not among the results, or the written chunks leave a gap.
@@ -204,12 +204,12 @@ def commit(
         manifest = _manifest(files, contents, description)
         _check_readable(path, manifest, index_bytes)
     _write(storage, path, contents, manifest)
-    return committed
+    return committed, manifest
 
 
-def commit_again(
+def prepare_again(
     storage: Storage, path: str, committed: Committed, everyone: Sequence[Repeated], description: Description
-) -> None:
+) -> Manifest:
     """The same for a save whose every rank wrote to the places of `committed`, which was proved.
 
     What those places are is not proved twice: that they are the same is what the ranks' `places_digest`s say.
@@ -225,6 +225,12 @@ def commit_again(
     # All else that a reader refuses is about places.
     opening.check_index_size(path, len(contents[layout.INDEX]))
     _write(storage, path, contents, manifest)
+    return manifest
+
+
+def write_manifest(storage: Storage, path: str, manifest: Manifest) -> None:
+    """Commit what was prepared: a reader takes the manifest's presence as proof that every file it names is whole."""
+    storage.write(posixpath.join(path, layout.MANIFEST), manifest.to_json())
 
 
 def _refuse_large(values: Iterable[tuple[str, str | None]], room: int) -> None:
@@ -269,8 +275,6 @@ def _write(storage: Storage, path: str, contents: Mapping[str, bytes], manifest:
     for job in jobs:
         job.result()
     _check_there(path, manifest.files, storage.sizes(path))
-    # Only now: a reader takes the manifest's presence as proof that every file it names is whole.
-    storage.write(posixpath.join(path, layout.MANIFEST), manifest.to_json())
 
 
 def _check_there(path: str, files: Mapping[str, StoredFile], sizes: Mapping[str, int]) -> None:

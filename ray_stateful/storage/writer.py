@@ -29,7 +29,7 @@ from ray_stateful.format.checksums import RunningChecksum, block_bytes_for, bloc
 from ray_stateful.format.chunks import Box
 from ray_stateful.format.dtypes import dtype_name
 from ray_stateful.format.layout import item_file
-from ray_stateful.format.manifest import StoredFile
+from ray_stateful.format.manifest import Manifest, StoredFile
 from ray_stateful.format.rows import StoredChunk, tree_row
 from ray_stateful.format.torch_item import envelope
 from ray_stateful.storage import commit, streams
@@ -61,7 +61,8 @@ class CheckpointWriter(StorageWriter):
         num_files: Files this rank writes at a time, each in a thread of its own.
         description: What the manifest says besides the files.
 
-    `num_bytes` is the size of the item files that this rank wrote.
+    `num_bytes` is the size of the item files that this rank wrote. `may_be_committed` says that the manifest was sent:
+    also where that failed, as a storage that gave no answer may have done what it was asked for.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class CheckpointWriter(StorageWriter):
         self._storage, self._path = (storage, os.fspath(path)) if storage is not None else resolve(os.fspath(path))
         self._rank = 0
         self.num_bytes = 0
+        self.may_be_committed = False
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -139,11 +141,15 @@ class CheckpointWriter(StorageWriter):
 
     def commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> Committed:
         """`finish`, and what the next one of the same places may build on."""
-        return commit.commit(self._storage, self._path, metadata, results, self._described(len(results)))
+        described = self._described(len(results))
+        committed, manifest = commit.prepare(self._storage, self._path, metadata, results, described)
+        self._write_manifest(manifest)
+        return committed
 
     def commit_again(self, committed: Committed, everyone: list[Repeated]) -> None:
         """`finish` for ranks that all wrote to the places of an earlier commit. Called on the coordinator alone."""
-        commit.commit_again(self._storage, self._path, committed, everyone, self._described(len(everyone)))
+        described = self._described(len(everyone))
+        self._write_manifest(commit.prepare_again(self._storage, self._path, committed, everyone, described))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -151,6 +157,10 @@ class CheckpointWriter(StorageWriter):
 
     def _described(self, world_size: int) -> Description:
         return self._description or Description(world_size=world_size)
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        self.may_be_committed = True
+        commit.write_manifest(self._storage, self._path, manifest)
 
     def _write_file(self, number: int, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         name = ""

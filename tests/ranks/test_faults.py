@@ -95,7 +95,7 @@ FAULTS = {
     "write": Fail("sink.write", error=OSError(28, "No space left on device")),
     "publish": Fail("publish", error=OSError(5, "Input/output error")),
     "commit": Fail("write", path="index", error=PermissionError(13, "denied")),
-    "manifest": Fail("write", path="manifest", error=PermissionError(13, "denied")),
+    "manifest": Fail("write", path="manifest.json", error=PermissionError(13, "denied")),
 }
 
 
@@ -109,12 +109,12 @@ def save_with_fault(root, phase, bad_rank):
         first = None
     except (SaveFailed, ReportFailed) as error:
         first = error
-    committed = list(DirectoryRun(storage, root, root).candidates())
+    committed, left = list(DirectoryRun(storage, root, root).candidates()), storage.directories(root)
     run.phase, run.storage = "", storage
     second = checkpoint.save({"part": Shards(2)}, step=2, run=run, timeout_s=20)
     fresh = Shards(0)
     checkpoint.restore({"part": fresh}, run=run, timeout_s=20)
-    return first, committed, second.name, run.reports, fresh.holds(2)
+    return first, committed, second.name, run.reports, fresh.holds(2), left
 
 
 # The commit is made on rank 0 alone: there is no other rank whose commit could fail.
@@ -142,16 +142,22 @@ def test_failed_save_raises_on_every_rank_commits_nothing_and_the_next_one_succe
     expected = ReportFailed if phase == "report" else SaveFailed
     assert [expected] * WORLD == [type(error) for error in errors]
     assert all(list(error.causes) == [bad_rank] for error in errors)
-    for _, committed, second, reports, restored in outcomes[phase, bad_rank]:
+    for _, committed, second, reports, restored, _ in outcomes[phase, bad_rank]:
         # Whole and committed is what a failed report leaves behind; every other failure leaves nothing.
         assert len(committed) == (1 if phase == "report" else 0)
         assert reports[-1] == second
         assert restored
 
 
+def test_a_failed_save_leaves_no_files_unless_it_may_have_been_committed(outcomes):
+    # As rank 0 finds it, which deletes: files that stay where a disk was full would keep it full.
+    left = {case: len(of_ranks[0][-1]) for case, of_ranks in outcomes.items()}
+    assert left == {(phase, rank): int(phase in ("manifest", "report")) for phase, rank in outcomes}
+
+
 def test_no_rank_reports_a_checkpoint_that_failed(outcomes):
     for (phase, bad_rank), of_ranks in outcomes.items():
-        reported = {rank: len(reports) for rank, (_, _, _, reports, _) in enumerate(of_ranks)}
+        reported = {rank: len(reports) for rank, (_, _, _, reports, *_) in enumerate(of_ranks)}
         others = 2 if phase == "report" else 1
         assert reported == {rank: 1 if rank == bad_rank else others for rank in range(WORLD)}, phase
 

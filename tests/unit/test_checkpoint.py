@@ -25,6 +25,11 @@ from ray_stateful.storage.uris import resolve
 from ray_stateful.storage.writer import CheckpointWriter
 from ray_stateful.verify import verify
 from tests.codes import Codes, FlatCodes
+from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage.reader import CheckpointReader
+from ray_stateful.storage.uris import resolve
+from ray_stateful.storage.writer import CheckpointWriter
+from ray_stateful.testing import Fail, FaultyStorage, Hang
 from tests.part import Part
 
 # One process without a process group is what these tests are about.
@@ -330,6 +335,20 @@ def test_a_manifest_that_is_damaged_keeps_no_other_one_of_its_step_from_being_fo
 
     # It is said that it was passed over, whichever it was.
     assert restored(str(tmp_path)) == (["new", "abandoned"][damaged], [names[damaged]])
+
+
+@pytest.mark.parametrize("fault", [Hang("delete"), Fail("delete", error=PermissionError(13, "denied"))])
+def test_a_save_that_failed_says_why_in_time_also_where_what_it_wrote_can_not_be_deleted(
+    tmp_path, monkeypatch, caplog, fault
+):
+    monkeypatch.setattr(checkpoint, "_DISCARD_S", 0.1)
+    storage, path = resolve(str(tmp_path))
+    full = Fail("publish", error=OSError(28, "No space left"))
+    run = DirectoryRun(FaultyStorage(storage.inner, [full, fault]), path, path)
+
+    with pytest.raises(SaveFailed, match="No space left"):
+        checkpoint.save({"thing": Part(torch.ones(3))}, step=1, run=run)
+    assert "stays until orphans are collected" in caplog.text
 
 
 def test_what_no_reader_would_take_is_not_committed(tmp_path):

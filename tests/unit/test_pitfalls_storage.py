@@ -62,7 +62,9 @@ class PublishingStorage(LocalStorage):
 def test_an_object_that_a_failed_write_published_cut_short_is_never_read(tmp_path):
     run = DirectoryRun(LocalStorage(), str(tmp_path), str(tmp_path))
     save(run, 1)
-    faulty = FaultyStorage(PublishingStorage(), [Fail("sink.write", nth=2, error=OSError(5, "Input/output error"))])
+    cut = Fail("sink.write", nth=2, error=OSError(5, "Input/output error"))
+    # Nor is it deleted, as when the process dies with its save.
+    faulty = FaultyStorage(PublishingStorage(), [cut, Fail("delete", error=PermissionError(13, "denied"))])
     with pytest.raises(SaveFailed):
         save(DirectoryRun(faulty, str(tmp_path), str(tmp_path)), 2)
 

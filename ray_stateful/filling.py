@@ -6,7 +6,7 @@ One function for each kind of part. Nothing here touches a part, or reads tensor
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,6 +106,26 @@ def fill_rank_part(
         EveryRank({rank: one.value for rank, one in everyone.items()}),
         {key: tensor for one in everyone.values() for key, tensor in one.tensors.items()},
         {key: key for one in everyone.values() for key in one.tensors},
+    )
+
+
+def problem_of_kind(name: str, part: Any, paths: Iterable[KeyPath], opened: OpenCheckpoint) -> str | None:
+    """What keeps a part from being filled that was saved once for all ranks and is a rank part now, or the reverse.
+
+    Args:
+        paths: Of what the part holds now. One that names its own entries as rank parts do is taken at its word.
+    """
+    of_ranks = [layout.is_of_one_rank(row.path) for row in parts.entries_of(opened, name)]
+    if isinstance(part, RankPart):
+        found = None if any(of_ranks) else "one value for all ranks, and the state one for each rank"
+    else:
+        is_ours = not all(of_ranks) or any(layout.is_of_one_rank(path) for path in paths)
+        found = None if is_ours else "one value for each rank, and the state one for all ranks"
+    if found is None:
+        return None
+    return (
+        f"{name}: the checkpoint has {found} (a {type(part).__name__}): give the kind of part that it was saved from, "
+        "or leave it out of this restore and save it anew"
     )
 
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from ray_stateful import joint_reads, matching, parts
 from ray_stateful.candidates import Candidate, Rejected, agree
 from ray_stateful.errors import DamagedCheckpoint, ResizeRefused, StateMismatch
-from ray_stateful.filling import EveryRank, Filled, fill, fill_rank_part, fill_strict
+from ray_stateful.filling import EveryRank, Filled, fill, fill_rank_part, fill_strict, problem_of_kind
 from ray_stateful.format import layout
 from ray_stateful.format.checksums import checksum
 from ray_stateful.outcomes import complete, foresee
@@ -164,6 +164,8 @@ def _match(
                     problems += match.problems
                     if not match.problems:
                         filled[name] = fill_strict(part, template[name], mine, planner.mappings, match, run, opened)
+                elif problem := problem_of_kind(name, part, (planner.mappings[key] for key in mine), opened):
+                    problems.append(problem)
                 elif isinstance(part, RankPart):
                     filled[name] = fill_rank_part(name, part, mine, world, run, opened)
                 else:

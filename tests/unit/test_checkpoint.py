@@ -20,6 +20,7 @@ from ray_stateful import checkpoint, listing
 from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, StateMismatch, UnsupportedState
 from ray_stateful.format import layout
 from ray_stateful.stateful_wrappers import ModelState
+from ray_stateful.states.loader import LoaderState
 from ray_stateful.storage.reader import CheckpointReader
 from ray_stateful.storage.uris import resolve
 from ray_stateful.storage.writer import CheckpointWriter
@@ -349,6 +350,28 @@ def test_a_save_that_failed_says_why_in_time_also_where_what_it_wrote_can_not_be
     with pytest.raises(SaveFailed, match="No space left"):
         checkpoint.save({"thing": Part(torch.ones(3))}, step=1, run=run)
     assert "stays until orphans are collected" in caplog.text
+def test_a_part_saved_once_for_all_ranks_and_now_one_for_each_is_a_mismatch_and_not_damage_nor_is_the_reverse(tmp_path):
+    """An older checkpoint that would fit is not taken for it without a word."""
+    loader, run = Part({"pos": 1}), str(tmp_path)
+    kinds = {"plain": loader, "of ranks": LoaderState(loader)}
+    checkpoint.save({"loader": kinds["plain"]}, step=1, run=run)
+    for step, now, before in [(2, "of ranks", "one for all ranks"), (3, "plain", "one for each rank")]:
+        checkpoint.save({"loader": kinds[now]}, step=step, run=run)
+        loader.value = "as it was"
+        other = next(part for kind, part in kinds.items() if kind != now)
+
+        with pytest.raises(StateMismatch, match=rf"loader: the checkpoint has .* {before} .*the kind of part"):
+            checkpoint.restore({"loader": other}, run=run)
+
+        assert loader.value == "as it was"
+
+
+def test_a_plain_part_may_name_its_own_entries_as_those_of_ranks_are(tmp_path):
+    checkpoint.save({"thing": Part({"rank_0": torch.ones(2)})}, step=1, run=str(tmp_path))
+    fresh = Part({"rank_0": torch.zeros(2)})
+    checkpoint.restore({"thing": fresh}, run=str(tmp_path))
+
+    assert torch.equal(fresh.value["rank_0"], torch.ones(2))
 
 
 def test_what_no_reader_would_take_is_not_committed(tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from ray_stateful.errors import StateMismatch
 from ray_stateful.states.paired import PairedBatch, paired
@@ -138,10 +139,12 @@ class GlobalBatchSampler:
 
         Args:
             loader: Gives the data of `micro_batches()` in order: a DataLoader that has it as `batch_sampler`.
+
+        Raises:
+            ValueError: a DataLoader takes its samples from elsewhere, or gives them in another order.
         """
-        view = getattr(loader, "batch_sampler", None)
-        if isinstance(view, MicroBatchView) and view.batches is not self:
-            raise ValueError("the loader's batch_sampler is a view of another sampler: give it batches.micro_batches()")
+        if isinstance(loader, DataLoader):
+            self._check_takes_ours(loader)
         return paired(iter(self), loader, lambda: (self.seed, self.epoch, self.position, self.rank))
 
     def on_step(self, *, step: int) -> None:
@@ -203,6 +206,23 @@ class GlobalBatchSampler:
             split = " + ".join(f"{shares.count(size)} x {size}" for size in sorted(set(shares), reverse=True))
         where = f"epoch {self.epoch}, sample {self.position:,} of {self.length:,}"
         return "; ".join([where, f"global batch {self.global_batch_size} kept as {split}", *self._changes])
+
+    def _check_takes_ours(self, loader: DataLoader[Any]) -> None:
+        """Refuse what would be trained in place of the samples that are counted."""
+        # With batch_size=None it is the sampler that gives the lists.
+        view = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        if not isinstance(view, MicroBatchView):
+            raise ValueError(
+                f"the loader's batch_sampler is a {type(view).__name__}, which chooses other samples than are counted: "
+                "give it batches.micro_batches(); ray.train.torch.prepare_data_loader replaces that, unless it is told "
+                "prepare_data_loader(..., add_dist_sampler=False)"
+            )
+        if view.batches is not self:
+            raise ValueError("the loader's batch_sampler is a view of another sampler: give it batches.micro_batches()")
+        if not getattr(loader, "in_order", True):
+            raise ValueError(
+                "the loader has in_order=False, which gives one micro-batch the data of another: leave it out"
+            )
 
     def _num_samples(self, position: int) -> int:
         """Of the global batch at `position`; 0 if the epoch ends there."""

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ray_stateful.states.batches import GlobalBatchSampler
 
@@ -20,6 +20,16 @@ class Noise(Dataset):
 
     def __getitem__(self, index):
         return torch.rand(())
+
+
+class Moved(DataLoader):
+    """As ray.train.torch.prepare_data_loader(..., add_dist_sampler=False): the same loader, its batches on a device."""
+
+    def __init__(self, loader):
+        self.__dict__ |= loader.__dict__ | {"loader": loader}
+
+    def __iter__(self):
+        return ([values.to("cpu") for values in batch] for batch in self.loader)
 
 
 def sampler(rank=0, world_size=1, saved=None, **options):
@@ -114,3 +124,22 @@ def test_a_loader_of_another_sampler_or_one_that_ends_early_is_an_error():
     (batch,) = [next(batches.paired_with([1, 2, 3]))]
     with pytest.raises(RuntimeError, match=r"the loader ended at the batch at sample 0 .*batch_sampler"):
         list(batch)
+
+
+def test_a_loader_that_chooses_its_own_samples_or_their_order_is_refused_and_one_that_moves_ours_is_not():
+    batches = sampler()
+    ours = loader_of(batches, 0)
+    # What ray.train.torch.prepare_data_loader makes of it, on more than one worker.
+    prepared = DataLoader(ours.dataset, batch_size=ours.batch_size, sampler=DistributedSampler(Squares(), 2, 0))
+    for loader in (prepared, DataLoader(Squares(), batch_size=3), DataLoader(Squares(), batch_size=None)):
+        with pytest.raises(ValueError, match=r"Sampler, which chooses other .*add_dist_sampler=False"):
+            batches.paired_with(loader)
+    unordered = DataLoader(Squares(), batch_sampler=batches.micro_batches(), num_workers=2, in_order=False)
+    with pytest.raises(ValueError, match="in_order=False"):
+        batches.paired_with(unordered)
+
+    moved = Moved(ours)
+    whole = DataLoader(torch.arange(LENGTH), batch_size=None, sampler=batches.micro_batches())
+    for loader, indices_of in [(moved, lambda data: data[0]), (whole, lambda data: data)]:
+        for micro, data in next(batches.paired_with(loader)):
+            assert indices_of(data).tolist() == micro.indices

@@ -52,7 +52,7 @@ class GlobalBatchSampler:
         drop_last: Leave out the end of an epoch that does not fill a global batch. Else it is a short one, weighted
             as such.
         rank, world_size: Among the workers that have different data: with tensor parallelism, of the data axis of the
-            mesh. Those of `torch.distributed` if it is initialised, else a world of one.
+            mesh. Both, or neither: then those of `torch.distributed` if it is initialised, else a world of one.
         allow_change: What may differ from the checkpoint. Another `"global_batch_size"` applies from the position on,
             while schedulers keep counting steps. Another `"length"` is another order, so the epoch ends there.
 
@@ -89,11 +89,15 @@ class GlobalBatchSampler:
         unknown = sorted(set(allow_change) - {"global_batch_size", "length"})
         if unknown:
             raise ValueError(f"allow_change={unknown} names nothing that could change: 'length', 'global_batch_size'")
-        in_group = dist.is_available() and dist.is_initialized()
-        self.world_size = world_size if world_size is not None else dist.get_world_size() if in_group else 1
-        self.rank = rank if rank is not None else dist.get_rank() if in_group else 0
+        if (rank is None) != (world_size is None):
+            # The other one of all processes would leave some shares of each batch to nobody.
+            raise ValueError(f"rank={rank} and world_size={world_size} go together: give both, or neither")
+        if rank is None or world_size is None:
+            in_group = dist.is_available() and dist.is_initialized()
+            rank, world_size = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
+        self.rank, self.world_size = rank, world_size
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank={self.rank} is not in a world of {self.world_size}: give both, or neither")
+            raise ValueError(f"rank={self.rank} is not in a world of {self.world_size}")
         self.length = length
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size

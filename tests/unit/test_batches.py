@@ -249,6 +249,8 @@ def test_the_seed_is_the_checkpoints_and_the_line_of_the_report_says_where_the_r
         ({"micro_batch_size": -1}, "micro_batch_size=-1"),
         ({"length": 5, "drop_last": True}, "drop_last leaves nothing of length=5"),
         ({"rank": 3, "world_size": 3}, "rank=3 is not in a world of 3"),
+        ({"rank": 0}, "rank=0 and world_size=None go together"),
+        ({"world_size": 2}, "rank=None and world_size=2 go together"),
         ({"allow_change": ["seed"]}, "names nothing that could change"),
     ],
 )

@@ -7,7 +7,8 @@ global batch is kept and split anew. How it is split is decided in `shares`, by 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from operator import index
+from typing import Any, Literal, SupportsIndex, TypeVar
 
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -64,16 +65,18 @@ class GlobalBatchSampler:
 
     def __init__(
         self,
-        length: int,
+        length: SupportsIndex,
         *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        seed: int = 0,
+        global_batch_size: SupportsIndex,
+        micro_batch_size: SupportsIndex,
+        seed: SupportsIndex = 0,
         drop_last: bool = False,
-        rank: int | None = None,
-        world_size: int | None = None,
+        rank: SupportsIndex | None = None,
+        world_size: SupportsIndex | None = None,
         allow_change: Collection[Change] = (),
     ) -> None:
+        # Python's ints: one of NumPy's has no bit_length, and would be in the checkpoint as one of 64 bits.
+        length, global_batch_size, micro_batch_size = index(length), index(global_batch_size), index(micro_batch_size)
         for name, value in [
             ("length", length),
             ("global_batch_size", global_batch_size),
@@ -95,13 +98,13 @@ class GlobalBatchSampler:
         if rank is None or world_size is None:
             in_group = dist.is_available() and dist.is_initialized()
             rank, world_size = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = index(rank), index(world_size)
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank={self.rank} is not in a world of {self.world_size}")
         self.length = length
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
-        self.seed = seed
+        self.seed = index(seed)
         self.drop_last = drop_last
         self.epoch = 0
         self.position = 0

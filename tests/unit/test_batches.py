@@ -1,6 +1,7 @@
 from collections import Counter
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -257,3 +258,11 @@ def test_the_seed_is_the_checkpoints_and_the_line_of_the_report_says_where_the_r
 def test_arguments_that_leave_nothing_to_train_on_are_refused(given, match):
     with pytest.raises(ValueError, match=match):
         GlobalBatchSampler(**{"length": 100, "global_batch_size": 16, "micro_batch_size": 4} | given)
+
+
+def test_integers_of_numpy_are_taken_as_those_of_python():
+    given = {"global_batch_size": 16, "micro_batch_size": 3, "seed": 5, "rank": 0, "world_size": 1}
+    sampler = GlobalBatchSampler(np.int64(103), **{name: np.int32(value) for name, value in given.items()})
+
+    assert run_steps([sampler], 3) == run_steps(world_of(1, seed=5), 3)
+    assert {type(value) for value in sampler.state_dict().values()} == {int}

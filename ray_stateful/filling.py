@@ -29,6 +29,7 @@ class Filled:
     """What will be handed to one part: its value, and the tensors in it that storage fills.
 
     `tensors` and `sources` have the same keys: the tensor to fill, and the key of the checkpoint it is read from.
+    `changes` is what the part said will not be as it was saved.
     """
 
     part: Any
@@ -36,6 +37,7 @@ class Filled:
     tensors: Mapping[str, Any]
     sources: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 class EveryRank(dict[int, Any]):

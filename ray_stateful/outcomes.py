@@ -44,10 +44,13 @@ def complete(
 
 
 def _foreseen(name: str, filled: Filled, world: World, opened: OpenCheckpoint, initial: bool) -> PartReport:
-    outcome = filled.part.resized_as if isinstance(filled.value, EveryRank) else INITIAL if initial else "exact"
+    if isinstance(filled.value, EveryRank):
+        outcome = filled.part.resized_as
+    else:
+        outcome = INITIAL if initial else "changed" if filled.changes else "exact"
     resharded = world.resized and _is_sharded(filled, opened)
     details = (f"resharded {world.saved_world_size} -> {world.world_size}",) if resharded else ()
-    return PartReport(name=name, outcome=outcome, details=details)
+    return PartReport(name=name, outcome=outcome, details=(*details, *filled.changes))
 
 
 def _is_sharded(filled: Filled, opened: OpenCheckpoint) -> bool:

@@ -173,7 +173,10 @@ def _match(
             except ResizeRefused as error:
                 refusals.append(error)
             if name in filled and not isinstance(filled[name].value, EveryRank):
-                problems += [f"{name}: {problem}" for problem in _check_saved(part, filled[name].value)]
+                unfit = _asked(part, "check_saved", filled[name].value)
+                problems += [f"{name}: {problem}" for problem in unfit]
+                if not unfit:
+                    filled[name] = replace(filled[name], changes=_asked(part, "changed_from", filled[name].value))
     _agree_on_problems(opened, problems, refusals, touched - _keys(filled), outcome, ranks)
     return filled
 
@@ -237,9 +240,10 @@ def _union_of_keys(mappings: Mapping[str, tuple[str | int, ...]], outcome: Outco
     return {key: part for of_rank in ranks.all_gather("gather keys", mine) for key, part in of_rank.items()}
 
 
-def _check_saved(part: Any, value: Any) -> tuple[str, ...]:
-    check = getattr(part, "check_saved", None)
-    return () if check is None else tuple(check(value))
+def _asked(part: Any, method: str, saved: Any) -> tuple[str, ...]:
+    """What a part says of what was saved, if it has anything to say."""
+    ask = getattr(part, method, None)
+    return () if ask is None else tuple(ask(saved))
 
 
 def _load(part: Any, value: Any, world: World) -> str:

@@ -18,8 +18,15 @@ from ray_stateful.states.paired import PairedBatch, paired
 from ray_stateful.states.permutation import Permutation
 from ray_stateful.states.shares import GlobalBatch, MicroBatch, share_of, split_evenly
 
-Change = Literal["global_batch_size", "length"]
+Change = Literal["drop_last", "global_batch_size", "length"]
 T = TypeVar("T")
+
+# What another one in a resumed run does.
+_EFFECTS: dict[Change, str] = {
+    "length": "ends the epoch where it stands, because another length is another order",
+    "global_batch_size": "changes what a step means to schedulers and learning rate",
+    "drop_last": "changes which samples are trained in an epoch",
+}
 
 
 class GlobalBatchSampler:
@@ -55,7 +62,8 @@ class GlobalBatchSampler:
         rank, world_size: Among the workers that have different data: with tensor parallelism, of the data axis of the
             mesh. Both, or neither: then those of `torch.distributed` if it is initialised, else a world of one.
         allow_change: What may differ from the checkpoint. Another `"global_batch_size"` applies from the position on,
-            while schedulers keep counting steps. Another `"length"` is another order, so the epoch ends there.
+            while schedulers keep counting steps. Another `"length"` is another order, so the epoch ends there. Another
+            `"drop_last"` applies to the end of this epoch.
 
     Attributes:
         epoch: Of the position, from 0.
@@ -89,9 +97,9 @@ class GlobalBatchSampler:
                 f"drop_last leaves nothing of length={length} with global_batch_size={global_batch_size}: "
                 "give a smaller global batch, or drop_last=False"
             )
-        unknown = sorted(set(allow_change) - {"global_batch_size", "length"})
+        unknown = sorted(set(allow_change) - _EFFECTS.keys())
         if unknown:
-            raise ValueError(f"allow_change={unknown} names nothing that could change: 'length', 'global_batch_size'")
+            raise ValueError(f"allow_change={unknown} names nothing that could change: {', '.join(_EFFECTS)}")
         if (rank is None) != (world_size is None):
             # The other one of all processes would leave some shares of each batch to nobody.
             raise ValueError(f"rank={rank} and world_size={world_size} go together: give both, or neither")
@@ -104,13 +112,12 @@ class GlobalBatchSampler:
         self.length = length
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
-        self.seed = index(seed)
+        self.seed = self._given_seed = index(seed)
         self.drop_last = drop_last
         self.epoch = 0
         self.position = 0
         self.samples = 0
         self._allow_change = frozenset(allow_change)
-        self._changes: tuple[str, ...] = ()
         self._num_loads = 0
 
     def __iter__(self) -> Iterator[GlobalBatch]:
@@ -167,43 +174,36 @@ class GlobalBatchSampler:
             "seed": self.seed,
             "length": self.length,
             "global_batch_size": self.global_batch_size,
+            "drop_last": self.drop_last,
         }
 
     def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
         """What keeps `saved` from being loaded, one line each; changes nothing."""
-        effects: dict[Change, str] = {
-            "length": "ends the epoch where it stands, because another length is another order",
-            "global_batch_size": "changes what a step means to schedulers and learning rate",
-        }
         return tuple(
-            f"{name} was {saved[name]} and is {getattr(self, name)}: this {effect}; give {name}={saved[name]}, or "
-            f"allow_change=[{name!r}]"
-            for name, effect in effects.items()
-            if saved[name] != getattr(self, name) and name not in self._allow_change
+            f"{name} was {saved[name]} and is {getattr(self, name)}: this {_EFFECTS[name]}; give {name}={saved[name]}, "
+            f"or allow_change=[{name!r}]"
+            for name in self._changed(saved)
+            if name not in self._allow_change
         )
+
+    def changed_from(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """What will not be as it was saved, in a few words each; changes nothing."""
+        changes = [f"{name} {_text(saved[name])} -> {_text(getattr(self, name))}" for name in self._changed(saved)]
+        return (*changes, f"epoch {saved['epoch']} ended early") if self._ends_early(saved) else tuple(changes)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was saved, by any number of workers.
 
         Raises:
-            StateMismatch: the dataset's length or the global batch changed, and `allow_change` does not name it.
+            StateMismatch: an argument that `allow_change` could name and does not is another one.
         """
         problems = self.check_saved(state_dict)
         if problems:
             raise StateMismatch("of the batches", problems)
-        changes = [
-            f"{name.replace('_', ' ')} {state_dict[name]:,} -> {getattr(self, name):,}"
-            for name in ("length", "global_batch_size")
-            if state_dict[name] != getattr(self, name)
-        ]
-        if state_dict["seed"] != self.seed:
-            changes.append(f"seed {state_dict['seed']} of the checkpoint, not {self.seed}")
         self.epoch, self.position = state_dict["epoch"], state_dict["position"]
         self.samples, self.seed = state_dict["samples"], state_dict["seed"]
-        if self.position and (state_dict["length"] != self.length or self._num_samples(self.position) == 0):
+        if self._ends_early(state_dict):
             self.epoch, self.position = self.epoch + 1, 0
-            changes.append(f"epoch {self.epoch - 1} ended early")
-        self._changes = tuple(changes)
         self._num_loads += 1
 
     def describe(self) -> str:
@@ -212,7 +212,17 @@ class GlobalBatchSampler:
         if self.world_size > 4:
             split = " + ".join(f"{shares.count(size)} x {size}" for size in sorted(set(shares), reverse=True))
         where = f"epoch {self.epoch}, sample {self.position:,} of {self.length:,}"
-        return "; ".join([where, f"global batch {self.global_batch_size} kept as {split}", *self._changes])
+        of = [] if self.seed == self._given_seed else [f"seed {self.seed} of the checkpoint, not {self._given_seed}"]
+        return "; ".join([where, f"global batch {self.global_batch_size} kept as {split}", *of])
+
+    def _changed(self, saved: Mapping[str, Any]) -> list[Change]:
+        # drop_last is not in checkpoints of earlier versions.
+        return [name for name in _EFFECTS if name in saved and saved[name] != getattr(self, name)]
+
+    def _ends_early(self, saved: Mapping[str, Any]) -> bool:
+        """Whether nothing is left here of the epoch that was saved in its midst."""
+        position: int = saved["position"]
+        return position > 0 and (saved["length"] != self.length or self._num_samples(position) == 0)
 
     def _check_takes_ours(self, loader: DataLoader[Any]) -> None:
         """Refuse what would be trained in place of the samples that are counted."""
@@ -301,3 +311,7 @@ class MicroBatchView:
         full, short = divmod(batches.length - batches.position, batches.global_batch_size)
         last = 0 if batches.drop_last else -(-short // batches.world_size)
         return full * -(-shares[0] // batches.micro_batch_size) + -(-last // batches.micro_batch_size)
+
+
+def _text(value: int) -> str:
+    return str(value) if isinstance(value, bool) else f"{value:,}"

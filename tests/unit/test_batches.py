@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_stateful import checkpoint
 from ray_stateful.errors import StateMismatch
 from ray_stateful.format.values import decode, encode
 from ray_stateful.states.batches import GlobalBatchSampler
@@ -198,15 +199,20 @@ def test_a_state_that_is_loaded_under_a_running_iterator_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("changed", "name"), [({"length": 104}, "length"), ({"global_batch_size": 32}, "global_batch_size")]
+    ("changed", "name"),
+    [
+        ({"length": 104}, "length"),
+        ({"global_batch_size": 32}, "global_batch_size"),
+        ({"drop_last": True}, "drop_last"),
+    ],
 )
-def test_another_length_or_global_batch_is_refused_by_name_and_nothing_is_loaded(changed, name):
+def test_another_length_global_batch_or_drop_last_is_refused_by_name_and_nothing_is_loaded(changed, name):
     before = world_of(1)[0]
     run_steps([before], 3)
     sampler = world_of(1, **changed)[0]
     fresh = sampler.state_dict()
 
-    with pytest.raises(StateMismatch, match=rf"{name} was \d+ and is {changed[name]}: .*allow_change=\['{name}'\]"):
+    with pytest.raises(StateMismatch, match=rf"{name} was \w+ and is {changed[name]}: .*allow_change=\['{name}'\]"):
         sampler.load_state_dict(before.state_dict())
 
     assert sampler.state_dict() == fresh
@@ -228,7 +234,34 @@ def test_a_length_that_may_change_ends_the_epoch_and_says_so():
     sampler = world_of(1, 200, saved=before.state_dict(), allow_change=["length"])[0]
 
     assert (sampler.epoch, sampler.position, sampler.samples) == (1, 0, 48)
-    assert sampler.describe().endswith("length 103 -> 200; epoch 0 ended early")
+    assert sampler.changed_from(before.state_dict()) == ("length 103 -> 200", "epoch 0 ended early")
+
+
+def test_another_drop_last_applies_to_the_end_of_this_epoch_and_checkpoints_without_it_are_read():
+    before = world_of(1)[0]
+    run_steps([before], 6)
+    saved = before.state_dict()
+    dropping = world_of(1, saved=saved, drop_last=True, allow_change=["drop_last"])[0]
+    assert (dropping.epoch, dropping.position) == (1, 0)
+    assert dropping.changed_from(saved) == ("drop_last False -> True", "epoch 0 ended early")
+
+    del saved["drop_last"]
+    assert len(world_of(1, saved=saved, drop_last=False)[0]) == 1
+
+
+def test_the_report_calls_batches_exact_only_if_nothing_was_changed(tmp_path):
+    before = world_of(1)[0]
+    run_steps([before], 3)
+    checkpoint.save({"batches": before}, step=3, run=str(tmp_path))
+
+    def outcome(**given):
+        report = checkpoint.restore({"batches": world_of(1, **given)[0]}, run=str(tmp_path))
+        return report.parts[0].outcome, report.parts[0].details[0]
+
+    assert outcome(micro_batch_size=2, seed=4)[0] == "exact"
+    assert outcome(length=1200, allow_change=["length"]) == ("changed", "length 103 -> 1,200")
+    changed = outcome(global_batch_size=40, allow_change=["global_batch_size"])
+    assert changed == ("changed", "global_batch_size 16 -> 40")
 
 
 def test_the_seed_is_the_checkpoints_and_the_line_of_the_report_says_where_the_run_is():
@@ -265,4 +298,4 @@ def test_integers_of_numpy_are_taken_as_those_of_python():
     sampler = GlobalBatchSampler(np.int64(103), **{name: np.int32(value) for name, value in given.items()})
 
     assert run_steps([sampler], 3) == run_steps(world_of(1, seed=5), 3)
-    assert {type(value) for value in sampler.state_dict().values()} == {int}
+    assert not any(isinstance(value, np.generic) for value in sampler.state_dict().values())

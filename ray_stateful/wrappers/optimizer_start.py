@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.optim import Adagrad, Optimizer
+from torch.optim import Adagrad, Optimizer, SparseAdam
 
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.wrappers.optimizer_keys import PARAMS
@@ -23,6 +23,31 @@ STARTS_WITH_STATE = (Adagrad,)
 
 # The one moves parameters, and the other is a gradient by itself, which would be in the first momentum.
 _SET_TO_ZERO = ("lr", "weight_decay")
+
+
+def state_holder(optimizer: Optimizer) -> Optimizer:
+    """`optimizer`, or the one inside it that it shares state and groups with: the step of that one is the plain one.
+
+    Raises:
+        UnsupportedState: an optimizer inside it keeps state. What `optimizer.state` has would be saved, often nothing;
+            and to be asked what it begins with, the one inside would be stepped.
+    """
+    for name, value in vars(optimizer).items():
+        for inner in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(inner, Optimizer) or inner is optimizer:
+                continue
+            same_groups = inner.param_groups is optimizer.param_groups
+            if inner.state is optimizer.state and same_groups:
+                return state_holder(inner)
+            if inner.state is not optimizer.state:
+                found = f"state that is kept by an optimizer inside it (`{name}`, {type(inner).__name__})"
+                # With groups of its own, as ZeroRedundancyOptimizer's, the outer one overwrites those inside.
+                if same_groups or isinstance(value, (list, tuple)):
+                    what_to_do = f"give OptimizerState its `{name}`; what it keeps beside that needs a part of its own"
+                else:
+                    what_to_do = "use a plain optimizer; to spread its state over the ranks, fully_shard the model"
+                raise UnsupportedState(type(optimizer).__name__, found, what_to_do)
+    return optimizer
 
 
 @contextmanager
@@ -54,19 +79,20 @@ def initial_state(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> l
         UnsupportedState: the optimizer can't take such a step.
     """
     groups = [dict(group) for group in optimizer.param_groups]
-    # The bare method: hooks on `step` belong to the user's training, and a scheduler counts calls of the bound one.
-    step: Callable[[Optimizer], Any] = inspect.unwrap(type(optimizer).step)
+    step = _bare_step(optimizer)
+    # The only gradient it takes is a sparse one; here without elements.
+    layout = torch.sparse_coo if isinstance(optimizer, SparseAdam) else torch.strided
     with gradients_set_aside(optimizer), torch.no_grad():
         kept = [local_of(parameter).clone() for parameter in parameters]
         for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, layout=layout)
         for group in optimizer.param_groups:
             for name in group.keys() & _SET_TO_ZERO:
                 group[name] = torch.zeros_like(group[name]) if isinstance(group[name], torch.Tensor) else 0.0
         try:
             step(optimizer)
         except (TypeError, RuntimeError) as error:
-            # A closure that is missing (LBFGS), or an operation that sharded tensors do not have (Adafactor).
+            # An operation that sharded tensors do not have (Adafactor).
             found = f"state of an optimizer that can't step here ({str(error).splitlines()[0]})"
             raise UnsupportedState(type(optimizer).__name__, found, _NOT_PER_PARAMETER) from error
         finally:
@@ -82,6 +108,25 @@ def initial_state(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> l
         if "step" in state:
             state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
     return made
+
+
+def check_step(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that can't be asked what it begins with: what was saved could not be loaded.
+
+    Raises:
+        UnsupportedState: its step has an argument that must be given.
+    """
+    _, *arguments = inspect.signature(_bare_step(optimizer)).parameters.values()
+    needed = [a.name for a in arguments if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    if needed:
+        found = f"state of an optimizer that can't step without a {needed[0]}"
+        raise UnsupportedState(type(optimizer).__name__, found, _NOT_PER_PARAMETER)
+
+
+def _bare_step(optimizer: Optimizer) -> Callable[[Optimizer], Any]:
+    """The bare method: hooks on `step` belong to the user's training, and a scheduler counts calls of the bound one."""
+    step: Callable[[Optimizer], Any] = inspect.unwrap(type(optimizer).step)
+    return step
 
 
 def is_stand_in(optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
@@ -104,4 +149,7 @@ def local_of(value: Any) -> Any:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-_NOT_PER_PARAMETER = "use one whose state belongs to single parameters, sharded like them"
+_NOT_PER_PARAMETER = (
+    "use one whose state belongs to single parameters, sharded like them; or, where the model is whole on every rank "
+    "(plain or DDP), make the optimizer itself a part of the state, without OptimizerState"
+)

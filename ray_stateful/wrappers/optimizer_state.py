@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ray_stateful.states.part import Reconciled, StrictPart
 from ray_stateful.wrappers import model_keys, optimizer_keys, schedulers, shards
 from ray_stateful.wrappers.fsdp1_optimizer import Fsdp1Optimizer
+from ray_stateful.wrappers.optimizer_start import check_step, state_holder
 from ray_stateful.wrappers.optimizer_values import BoundOptimizer, bind
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ class OptimizerState(StrictPart):
         is_peft: Accepted for upstream's callers and without effect: frozen parameters have no state to begin with.
         cpu_offload: Tensors are copied to host memory; they do not alias the optimizer's then.
         strict: State that has no place here, or is there in part only, is an error; otherwise it is noted.
+
+    Raises:
+        UnsupportedState: an optimizer is around another one, which keeps the state.
     """
 
     def __init__(
@@ -55,16 +59,18 @@ class OptimizerState(StrictPart):
         self.strict = strict
         # What the last load did not do to the letter, one line each.
         self.notes: tuple[str, ...] = ()
-        self._bound = _bound(self.model, self.optimizer)
+        self._bound = _bound(self.model, [state_holder(optimizer) for optimizer in self.optimizer])
 
     def state_dict(self) -> dict[str, Any]:
         """The state; tensors alias the optimizer's own. Collective for FSDP1.
 
         Raises:
-            UnsupportedState: an entry of the optimizer's state can't be loaded by other ranks; names it.
+            UnsupportedState: an entry of the optimizer's state can't be loaded by other ranks; names it. Or the
+                optimizer needs a closure to step.
         """
         optim: dict[str, Any] = {}
         for optimizer in self._bind():
+            check_step(optimizer.optimizer)
             flat = optimizer.state_dict()
             shared = sorted(flat.keys() & optim.keys())
             if shared:

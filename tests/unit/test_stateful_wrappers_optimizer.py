@@ -19,12 +19,22 @@ from tests.transfer import snapshot, transfer
 # Stock DCP says so whenever it saves or loads without a process group.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
+
+def over_sparse_gradients(parameters: Any) -> torch.optim.Optimizer:
+    members = list(parameters)
+    for parameter in members:
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad.to_sparse()))
+    return torch.optim.SparseAdam(members)
+
+
 OPTIMIZERS = {
     "Adadelta": lambda p: torch.optim.Adadelta(p),
     "Adafactor": lambda p: torch.optim.Adafactor(p),
     "Adagrad": lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.1),
     "AdamW": lambda p: torch.optim.AdamW(p, amsgrad=True),
+    "Adamax": lambda p: torch.optim.Adamax(p),
     "ASGD": lambda p: torch.optim.ASGD(p),
+    "Muon": lambda p: torch.optim.Muon([parameter for parameter in p if parameter.dim() == 2]),
     "NAdam": lambda p: torch.optim.NAdam(p),
     "RAdam": lambda p: torch.optim.RAdam(p),
     "RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True),
@@ -32,6 +42,7 @@ OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "SGD with dampening": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
+    "SparseAdam": over_sparse_gradients,
     "Adam with a tensor lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
 }
 
@@ -81,7 +92,7 @@ def test_every_optimizer_of_torch_goes_on_as_if_it_had_not_stopped(name, way, tm
             after[key].load_state_dict(before[key].state_dict())
             # Trained on in turns below: state shared with the optimizer it came from would be stepped twice.
     found, expected = state_by_name(fresh, again), state_by_name(saved, optimizer)
-    if name == "SGD with momentum" or (name, way) == ("SGD with dampening", "dcp"):
+    if name in ("Muon", "SGD with momentum") or (name, way) == ("SGD with dampening", "dcp"):
         # Without dampening, a buffer of zeros steps as none does; with it, stock DCP can't say what it did not load.
         assert not any(value.any() for key in found.keys() - expected.keys() for value in found.pop(key).values())
     assert_same(leaves(found), leaves(expected))
@@ -441,10 +452,95 @@ def test_state_without_a_meaning_elsewhere_is_refused_by_name(value, found):
         OptimizerState(model, optimizer).state_dict()
 
 
-def test_an_optimizer_over_all_parameters_at_once_is_refused_by_name():
+def over_all_at_once(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = Tied(seed=seed)
+    return model, torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+
+def train_over_all_at_once(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.arange(10).reshape(2, 5)).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+
+
+def test_an_optimizer_over_all_parameters_at_once_is_refused_by_name_and_goes_on_as_a_part_of_its_own(tmp_path):
+    (saved, optimizer), (fresh, again) = over_all_at_once(1), over_all_at_once(2)
+    train_over_all_at_once(saved, optimizer)
+    with pytest.raises(UnsupportedState, match=r"LBFGS: .* without a closure .* make the optimizer itself a part"):
+        OptimizerState(saved, optimizer).state_dict()
+    checkpoint.save({"model": ModelState(saved), "optimizer": optimizer}, step=2, run=str(tmp_path))
+    checkpoint.restore({"model": ModelState(fresh), "optimizer": again}, run=str(tmp_path))
+    for model, one in ((saved, optimizer), (fresh, again)):
+        train_over_all_at_once(model, one)
+    assert_same(dict(fresh.state_dict()), dict(saved.state_dict()))
+
+
+class NeedsAClosure(torch.optim.SGD):
+    def step(self, closure: Any) -> None:
+        super().step(closure)
+
+
+def test_an_optimizer_that_can_not_be_asked_for_its_beginning_is_refused_when_saved_not_when_restored():
     model = nn.Linear(2, 2)
-    with pytest.raises(UnsupportedState, match="LBFGS"):
-        OptimizerState(model, torch.optim.LBFGS(model.parameters())).state_dict()
+    optimizer = NeedsAClosure(model.parameters(), momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step(None)
+    assert len(optimizer.state) == 2
+    with pytest.raises(UnsupportedState, match=r"NeedsAClosure: .* without a closure"):
+        OptimizerState(model, optimizer).state_dict()
+
+
+class Around(torch.optim.Optimizer):
+    """Steps the optimizer inside it, of which it has the state and the groups, or only the groups, or neither."""
+
+    def __init__(self, inner: torch.optim.Optimizer, shared: tuple[str, ...]) -> None:
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {"lr": 0.1})
+        self.inner = inner
+        for name in shared:
+            setattr(self, name, getattr(inner, name))
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+
+
+@pytest.mark.parametrize(
+    ("shared", "what_to_do"), [(("param_groups",), "give OptimizerState its `inner`"), ((), "use a plain optimizer")]
+)
+def test_an_optimizer_that_keeps_its_state_in_another_one_is_refused_by_name_at_once(shared, what_to_do):
+    model = nn.Linear(2, 2)
+    outer = Around(Around(torch.optim.AdamW(model.parameters()), shared), ("state", "param_groups"))
+    with pytest.raises(UnsupportedState, match=rf"^Around: .* inside it \(`inner`, AdamW\) .*: {what_to_do}"):
+        OptimizerState(model, outer)
+
+
+def test_several_optimizers_in_one_are_refused_by_name_at_once():
+    model = nn.Linear(2, 2)
+    outer = torch.optim.SGD(model.parameters())
+    outer.each = [torch.optim.AdamW([parameter]) for parameter in model.parameters()]
+    with pytest.raises(UnsupportedState, match=r"^SGD: .*: give OptimizerState its `each`"):
+        OptimizerState(model, outer)
+
+
+def test_an_optimizer_around_another_one_with_the_same_state_goes_on_as_if_it_had_not_stopped(tmp_path):
+    (saved, optimizer), (fresh, again) = (
+        (model, Around(torch.optim.NAdam(model.parameters()), ("state", "param_groups")))
+        for model in (WithUnused(1), WithUnused(2))
+    )
+    ran: list[Any] = []
+    optimizer.inner.register_step_post_hook(lambda *args: ran.append(args))
+    checkpoint.save({"m": ModelState(saved), "o": OptimizerState(saved, optimizer)}, step=0, run=f"{tmp_path}/0")
+    assert ran == []
+    train(saved, optimizer)
+    checkpoint.save({"m": ModelState(saved), "o": OptimizerState(saved, optimizer)}, step=3, run=str(tmp_path))
+    checkpoint.restore({"m": ModelState(fresh), "o": OptimizerState(fresh, again)}, run=str(tmp_path))
+    for model, one in ((saved, optimizer), (fresh, again)):
+        train(model, one)
+    assert_same(dict(fresh.state_dict()), dict(saved.state_dict()))
 
 
 def test_offloaded_state_loads_into_the_optimizers_own_tensors():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 
 import torch
 
 from attacks.corpus import attack
+from attacks.hashes import pairs_of_one_hash
 from attacks.pickles import Runs, archive, items_are, text
 from ray_stateful.format import layout
 
@@ -27,6 +29,17 @@ def repacked(data: bytes, change: Callable[[str, bytes], bytes], compression: in
     with zipfile.ZipFile(io.BytesIO(data)) as original, zipfile.ZipFile(file, "w", compression) as made:
         for name in original.namelist():
             made.writestr(name, change(name, original.read(name)))
+    return file.getvalue()
+
+
+def zipped(*members: tuple[str, bytes]) -> bytes:
+    """An archive of these members and what torch.save adds."""
+    file = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as made:
+        # One name may be there twice.
+        warnings.simplefilter("ignore")
+        for name, data in (*members, ("archive/byteorder", b"little"), ("archive/version", b"3\n")):
+            made.writestr(name, data)
     return file.getvalue()
 
 
@@ -128,13 +141,89 @@ def item_file_is_a_hole(workshop):
         file.truncate(1 << 40)
 
 
+def key_without_an_end() -> bytes:
+    """A pickle of a dict whose key is a tuple of two tuples of two tuples, 60 levels deep."""
+    value = pickle.EMPTY_DICT + pickle.BINUNICODE + b"\1\0\0\0x" + pickle.BINPUT + b"\0"
+    for level in range(60):
+        # What was just made lies on the stack already. Were it fetched twice, torch would find it left over.
+        value += pickle.BINGET + bytes([level]) + pickle.TUPLE2 + pickle.BINPUT + bytes([level + 1])
+    return pickle.PROTO + b"\2" + value + pickle.NONE + pickle.SETITEM + pickle.STOP
+
+
 @attack(foreign=True)
 def item_with_a_key_whose_hash_never_ends(workshop):
     """A tuple of two tuples of two tuples, 60 levels deep, as a dict key of a value: torch's own reader hashes it."""
-    value = pickle.EMPTY_DICT + pickle.BINUNICODE + b"\1\0\0\0x" + pickle.BINPUT + b"\0"
-    for level in range(60):
-        value += (pickle.BINGET + bytes([level])) * 2 + pickle.TUPLE2 + pickle.BINPUT + bytes([level + 1])
-    items_are(workshop, archive(pickle.PROTO + b"\2" + value + pickle.NONE + pickle.SETITEM + pickle.STOP))
+    items_are(workshop, archive(key_without_an_end()))
+
+
+@attack(foreign=True)
+def item_with_a_large_key_again_and_again(workshop):
+    """The same 15 levels deep, set as a key half a million times: each time it is hashed anew."""
+    value = pickle.BINUNICODE + b"\1\0\0\0x" + pickle.BINPUT + b"\0"
+    for level in range(15):
+        value += pickle.BINGET + bytes([level]) + pickle.TUPLE2 + pickle.BINPUT + bytes([level + 1])
+    again = pickle.BINGET + b"\x0f" + pickle.NONE
+    item_with(workshop, pickle.EMPTY_DICT + pickle.MARK + value + pickle.NONE + again * 500_000 + pickle.SETITEMS)
+
+
+@attack(foreign=True)
+def archive_with_its_pickle_in_capitals(workshop):
+    """DATA.PKL: torch's reader ignores case and finds it; who looks for a name that ends with .pkl does not."""
+    items_are(workshop, zipped(("archive/DATA.PKL", key_without_an_end())))
+
+
+@attack(foreign=True)
+def archive_with_two_pickles(workshop):
+    """data.pkl twice: zipfile reads the last one, torch the first."""
+    items_are(workshop, zipped(("archive/data.pkl", key_without_an_end()), ("archive/data.pkl", pickle.dumps("a", 2))))
+
+
+@attack(foreign=True)
+def archive_with_a_pickle_before_a_nul(workshop):
+    """data.pkl and data.pkl, a NUL and more: zipfile ends the name at the NUL, and reads the last of the two."""
+    first, harmless = ("archive/data.pkl", key_without_an_end()), ("archive/data.pkl.more", pickle.dumps("a", 2))
+    items_are(workshop, zipped(first, harmless).replace(b"pkl.more", b"pkl\0more"))
+
+
+@attack(foreign=True)
+def archive_with_two_directories_and_one_end(workshop):
+    """zipfile takes the directory before the end, torch the one that the end says: another, with another pickle."""
+    evil, good = zipped(("archive/data.pkl", key_without_an_end())), zipped(("archive/data.pkl", pickle.dumps("a", 2)))
+    at, of_good = evil.rfind(b"PK\5\6"), good.rfind(b"PK\5\6")
+    size, begin = struct.unpack_from("<2I", evil, at + 12)
+    good_size, good_begin = struct.unpack_from("<2I", good, of_good + 12)
+    assert size == good_size
+    # zipfile adds to each place what it finds the directory displaced by.
+    directory = bytearray(good[good_begin:of_good])
+    entry = 0
+    while entry != -1:
+        (place,) = struct.unpack_from("<I", directory, entry + 42)
+        struct.pack_into("<I", directory, entry + 42, place + begin - good_begin)
+        entry = directory.find(b"PK\1\2", entry + 1)
+    end = good[of_good : of_good + 12] + struct.pack("<2IH", size, begin, 0)
+    items_are(workshop, evil[:at] + good[:good_begin] + directory + end)
+
+
+@attack(foreign=True)
+def archive_that_is_encrypted(workshop):
+    """A member is said to be encrypted: zipfile asks for a password."""
+    data = bytearray(saved("value"))
+    at = data.find(b"PK\1\2")
+    while at != -1:
+        data[at + 8] |= 1
+        at = data.find(b"PK\1\2", at + 1)
+    items_are(workshop, bytes(data))
+
+
+@attack(foreign=True)
+def archive_whose_members_begin_before_it(workshop):
+    """Its directory is said to be at 2**64 - 1: zipfile finds it, and has all members begin as far before the file."""
+    data = zipped(("archive/data.pkl", pickle.dumps("a", 2)))
+    at = data.rfind(b"PK\5\6")
+    number, size = struct.unpack_from("<HI", data, at + 10)
+    end_64 = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, number, number, size, (1 << 64) - 1)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, at, 1)
+    items_are(workshop, data[:at] + end_64 + locator + data[at:])
 
 
 @attack(foreign=True)
@@ -152,6 +241,12 @@ def item_with(workshop: object, *parts: bytes) -> None:
 def name_of(module: str, name: str) -> bytes:
     """The instruction that looks a name up, in the only form that torch's reader knows."""
     return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def long(number: int) -> bytes:
+    """The instruction that puts a number of any length on the stack."""
+    digits = pickle.encode_long(number)
+    return pickle.LONG1 + bytes([len(digits)]) + digits
 
 
 @attack(foreign=True)
@@ -228,3 +323,38 @@ def item_that_holds_itself(workshop):
 def item_of_one_element_a_trillion_times(workshop):
     """A value that is a tensor of one element, whose strides are 0 and whose size is a terabyte once it is copied."""
     items_are(workshop, saved((torch.ones(1).expand(1 << 40),)))
+
+
+@attack(foreign=True)
+def item_of_tuples_of_one_hash(workshop):
+    """Fifty thousand pairs of numbers whose tuples have one hash, as the keys of a dict."""
+    pairs = b"".join(
+        pickle.BININT + first.to_bytes(4, "little") + long(second) + pickle.TUPLE2 + pickle.NONE
+        for first, second in pairs_of_one_hash(50_000)
+    )
+    item_with(workshop, pickle.EMPTY_DICT + pickle.MARK + pairs + pickle.SETITEMS)
+
+
+@attack(foreign=True)
+def item_of_complex_numbers_of_one_hash(workshop):
+    """The same of complex numbers, each made by a call: of the two parts one makes up for the other."""
+    made = name_of("builtins", "complex") + pickle.BINPUT + b"\0"
+    numbers = b"".join(
+        (made if number == 0 else pickle.BINGET + b"\0")
+        + pickle.BINFLOAT
+        + struct.pack(">d", -1000003.0 * number)
+        + pickle.BINFLOAT
+        + struct.pack(">d", float(number))
+        + pickle.TUPLE2
+        + pickle.REDUCE
+        + pickle.NONE
+        for number in range(50_000)
+    )
+    item_with(workshop, pickle.EMPTY_DICT + pickle.MARK + numbers + pickle.SETITEMS)
+
+
+@attack(foreign=True)
+def item_of_a_sparse_tensor_out_of_bounds(workshop):
+    """A sparse tensor of two elements, one of which is at index 10**12: whoever makes it dense writes there."""
+    indices, value = torch.tensor([[10**12]]), torch.tensor([1.0])
+    items_are(workshop, saved({"a": torch.sparse_coo_tensor(indices, value, (2,), check_invariants=False)}))

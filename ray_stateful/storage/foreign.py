@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import posixpath
+import re
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +42,11 @@ MAX_SHARED_BYTES = 64 << 20
 _OF_ANY_SIZE = (torch.Tensor, dict, list, tuple, set, frozenset, str, bytes, bytearray)
 _MEMBER_HEADER_BYTES = 30
 _END_OF_DIRECTORY, _END_BYTES = b"PK\x05\x06", 22
+_END_64, _END_64_BYTES = b"PK\x06\x06", 56
+_END_64_LOCATOR, _END_64_LOCATOR_BYTES = b"PK\x06\x07", 20
+_MEMBER = re.compile(
+    r"[^/]+/(data\.pkl|data/[0-9]+|version|byteorder|\.data/serialization_id|\.format_version|\.storage_alignment)"
+)
 
 
 def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[StoredChunk]:
@@ -200,21 +206,51 @@ def _is_plain(tensor: Any, chunk: StoredChunk) -> bool:
 
 
 def _archive_problem(data: bytes) -> str | None:
-    """What of a zip archive torch.save never does: deflated or overlapping members, which would inflate in memory."""
+    """What of a zip archive torch.save never does: a pickle that only one of two readers finds, or is made to swell."""
     try:
+        problem = _directory_problem(data)
+        if problem is not None:
+            return problem
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-            pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
-            problem = _members_problem(members, len(data))
-            problem = problem or next(filter(None, (folding_problem(archive.read(name)) for name in pickles)), None)
-    # NotImplementedError: of a way to compress that zipfile does not know, which torch.save does not use.
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        return str(error)
-    if problem is not None:
-        return problem
-    # Two directories may each be found by one reader, and say different things.
-    if data.count(_END_OF_DIRECTORY) != 1 and data.rfind(_END_OF_DIRECTORY) != len(data) - _END_BYTES:
+            problem = _names_problem(members) or _members_problem(members, len(data))
+            if problem is not None:
+                return problem
+            pickles = [archive.read(member) for member in members if member.orig_filename.endswith("/data.pkl")]
+    # A damaged or hostile archive fails in any way: with a password that is asked for, or a place before the file.
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is a reason
+        return f"{type(error).__name__}: {error}"
+    return next(filter(None, map(folding_problem, pickles)), None)
+
+
+def _directory_problem(data: bytes) -> str | None:
+    """Whether the archive's directory is anywhere but at its end: there each reader finds it, and the same one."""
+    end = len(data) - _END_BYTES
+    if end < 0 or data.rfind(_END_OF_DIRECTORY) != end:
         return "it does not end with its directory"
+    size, begin = struct.unpack_from("<2I", data, end + 12)
+    locator = end - _END_64_LOCATOR_BYTES
+    if data.startswith(_END_64_LOCATOR, max(locator, 0)):
+        (place,) = struct.unpack_from("<Q", data, locator + 8)
+        end = locator - _END_64_BYTES
+        if place != end or not data.startswith(_END_64, max(end, 0)):
+            return "its directory is not where it is said to be"
+        size, begin = struct.unpack_from("<2Q", data, end + 40)
+    return None if begin + size == end else "its directory is not where it is said to be"
+
+
+def _names_problem(members: list[zipfile.ZipInfo]) -> str | None:
+    """Whether the members are others than torch.save makes.
+
+    torch's reader ignores case, and takes the first of two with one name; zipfile minds it, and takes the last. zipfile
+    also ends a name at a NUL byte, but for the name as it stands.
+    """
+    names = [member.orig_filename for member in members]
+    strange = next((name for name in names if _MEMBER.fullmatch(name) is None), None)
+    if strange is not None:
+        return f"it has a member {strange[:80]!a}"
+    if len(set(names)) != len(names) or len({name.partition("/")[0] for name in names}) != 1:
+        return "it has a member twice, or members of several directories"
     return None
 
 

@@ -3,22 +3,23 @@
 A pickle may use an object many times, and so write a tuple of two tuples of two tuples: sixty levels take 300 bytes,
 and as a dict key 2**60 steps to hash. torch's own reader, given `weights_only=True`, makes such a key. It also calls
 what it knows with any arguments: `bytearray(1 << 40)`; `torch.Tensor(1000)`, which is whatever lies in the memory of
-this process; an encoder that doubles its text, forty times over. So here calls are held to those that `torch.save`
-writes.
+this process; an encoder that doubles its text, forty times over; a sparse tensor whose indices nobody compares with its
+size. So here calls are held to those that `torch.save` writes, and whose result is what they are given.
 """
 
 from __future__ import annotations
 
 import pickletools
 import re
-from collections import defaultdict
-from typing import NamedTuple
+from collections import Counter
+from typing import Any, NamedTuple
 
 MAX_UNFOLDED = 1 << 20
+# What is used again is unfolded again where it is a key. A byte of a pickle may stand for so many objects of that.
+_UNFOLDED_A_BYTE = 16
 MAX_DEPTH = 200
-# Of integers with one hash, of which a dict or set compares each with each.
+# Of numbers, and tuples of them, with one hash: a dict or set compares each with each.
 MAX_EQUAL_HASHES = 1000
-_HASH_MODULUS = 2**61 - 1
 # An empty list is one byte of a pickle, and 64 in memory.
 _MIN_CONTAINER_BYTES = 16
 _FREE_CONTAINERS = 1 << 20
@@ -26,6 +27,7 @@ _MAX_REPEATED_TEXT = 64
 
 _CONTAINERS = ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 _ENCODE = "_codecs encode"
+_SIZE = "torch Size"
 _REBUILD_SUBCLASS = "torch._tensor _rebuild_from_type_v2"
 # These give a tensor the storage that was read for it, and refuse one that is too small.
 _REBUILDS = frozenset(
@@ -36,19 +38,16 @@ _REBUILDS = frozenset(
         "_rebuild_tensor_v3",
         "_rebuild_parameter",
         "_rebuild_parameter_with_state",
-        "_rebuild_sparse_tensor",
         "_rebuild_meta_tensor_no_storage",
     )
 )
+_COMPLEX = frozenset({"__builtin__ complex", "builtins complex"})
 # These are as large as what they are given.
-_COPIES = frozenset(
+_COPIES = _COMPLEX | frozenset(
     {
-        "__builtin__ complex",
         "__builtin__ set",
-        "builtins complex",
         "builtins set",
         "collections Counter",
-        "torch Size",
         "torch device",
         "torch.serialization _get_layout",
     }
@@ -58,19 +57,34 @@ _BYTEARRAYS = frozenset({"__builtin__ bytearray", "builtins bytearray"})
 _FOR_TORCH_TO_JUDGE = re.compile(r"(?!(__builtin__|builtins|_codecs|collections|torch(?!\.distributed\.)(\..*)?) )")
 
 
+class _Hashed:
+    """Stands for an object in a tuple, by its hash: there is one for all that are equal."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return self.value
+
+
 class _Folded(NamedTuple):
     """What is known of an object: how many objects it is, and how deep they lie in each other.
 
-    `name` is that of a function or class; `text` the text that it is; `made_by` the name of what was called for it;
-    `items` are those of a tuple; `is_again` says that it was made before, and is used once more.
+    `name` is that of a function or class; `text` the text, `number` the number that it is; `made_by` the name of what
+    was called for it; `items` are those of a tuple; `hashed` stands for it where it may be a key; `is_again` says that
+    it was made before, and is used once more.
     """
 
     size: int = 1
     depth: int = 1
     name: str | None = None
     text: str | None = None
+    number: float | None = None
     made_by: str | None = None
     items: tuple[_Folded, ...] | None = None
+    hashed: _Hashed | None = None
     is_again: bool = False
 
     @property
@@ -79,7 +93,40 @@ class _Folded(NamedTuple):
         return not self.is_again or (self.text is not None and len(self.text) <= _MAX_REPEATED_TEXT)
 
 
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LEAF, _MARK = _Folded(), _Folded(0, 0)
+
+
+class _Keys:
+    """What may be a key of a dict, or in a set."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, _Hashed] = {}
+        self._hashes: Counter[int] = Counter()
+
+    def add(self, key: Any, hashed: int | None = None) -> _Hashed:
+        """What stands for the object `key`, or for the object of this hash that is made of what is in `key`.
+
+        Raises:
+            ValueError: too many have one hash.
+        """
+        if key not in self._known:
+            one = self._known[key] = _Hashed(hash(key) if hashed is None else hashed)
+            self._hashes[one.value] += 1
+            if self._hashes[one.value] > MAX_EQUAL_HASHES:
+                raise ValueError(f"more than {MAX_EQUAL_HASHES} numbers or tuples have one hash")
+        return self._known[key]
+
+    def made(self, name: str, arguments: _Folded) -> _Hashed | None:
+        """What stands for the result of a call; equal ones of equal calls."""
+        items = arguments.items or ()
+        numbers = [item.number for item in items if item.number is not None]
+        if name in _COMPLEX and len(items) == len(numbers) == 2:
+            return self.add(complex(*numbers))
+        if name == _SIZE:
+            # A tuple, and hashed as one.
+            return items[0].hashed
+        return None if arguments.hashed is None else self.add((name, arguments.hashed))
 
 
 def folding_problem(pickled: bytes) -> str | None:
@@ -87,11 +134,13 @@ def folding_problem(pickled: bytes) -> str | None:
     stack: list[_Folded] = []
     memo: dict[int, _Folded] = {}
     containers, most = 0, _FREE_CONTAINERS + len(pickled) // _MIN_CONTAINER_BYTES
-    hashes: dict[int, set[int]] = defaultdict(set)
+    again, most_again = 0, MAX_UNFOLDED + _UNFOLDED_A_BYTE * len(pickled)
+    keys = _Keys()
     try:
         for code, argument, _ in pickletools.genops(pickled):
             if code.name in ("GET", "BINGET", "LONG_BINGET"):
                 stack.append(memo[int(str(argument))]._replace(is_again=True))
+                again += stack[-1].size
             elif code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
                 memo[int(str(argument))] = stack[-1]
             elif code.name == "MEMOIZE":
@@ -102,29 +151,31 @@ def folding_problem(pickled: bytes) -> str | None:
                 taken = _take(stack, code)
                 made = _LEAF
                 if code.name == "GLOBAL":
-                    made = _Folded(name=str(argument))
+                    made = _Folded(name=str(argument), hashed=keys.add((argument,)))
                 elif code.name in ("BINUNICODE", "SHORT_BINUNICODE"):
-                    made = _Folded(text=str(argument))
+                    made = _Folded(text=str(argument), hashed=keys.add(argument))
+                elif type(argument) in (int, float, str, bytes):
+                    number = argument if isinstance(argument, int | float) else None
+                    made = _Folded(number=number, hashed=keys.add(argument))
+                elif code.name in _CONSTANTS:
+                    made = _Folded(hashed=keys.add(_CONSTANTS[code.name]))
                 elif code.name in ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-                    made = _tuple_of(taken)
+                    made = _tuple_of(taken, keys)
                 elif code.name in ("REDUCE", "NEWOBJ"):
                     arguments, function = taken
                     problem = _call_problem(code.name, function.name, arguments)
                     if problem is not None:
                         return problem
-                    made = _Folded(made_by=function.name)
-                elif code.name.startswith("LONG") and type(argument) is int and abs(argument) >= _HASH_MODULUS:
-                    equal = hashes[hash(argument)]
-                    equal.add(argument)
-                    if len(equal) > MAX_EQUAL_HASHES:
-                        return f"more than {MAX_EQUAL_HASHES} numbers in its pickle have one hash"
-                if made.size > MAX_UNFOLDED or made.depth > MAX_DEPTH:
-                    return f"a tuple in its pickle unfolds to {made.size:,} objects, {made.depth:,} deep"
+                    made = _Folded(made_by=function.name, hashed=keys.made(str(function.name), arguments))
+                elif code.name == "BINPERSID":
+                    made = _Folded(hashed=keys.made(code.name, taken[0]))
+                if made.size > MAX_UNFOLDED or made.depth > MAX_DEPTH or again > most_again:
+                    return f"a tuple in its pickle unfolds to {max(made.size, again):,} objects, {made.depth:,} deep"
                 containers += code.name in _CONTAINERS
                 if containers > most:
                     return f"its pickle makes more than {most:,} lists, dicts and tuples in {len(pickled):,} bytes"
                 stack += [made] * len(code.stack_after)
-    except (IndexError, KeyError, ValueError) as error:
+    except (ArithmeticError, IndexError, KeyError, TypeError, ValueError) as error:
         return f"its pickle can't be read: {type(error).__name__}: {error}"
     return None
 
@@ -141,6 +192,8 @@ def _call_problem(instruction: str, name: str | None, arguments: _Folded) -> str
     elif name in _COPIES:
         # A large one that is copied again and again is as good as a larger one.
         fine = all(item.is_small for item in items)
+    elif name == _SIZE:
+        fine = len(items) == 1 and items[0].items is not None and items[0].is_small
     elif name == _ENCODE:
         # In Latin 1 it is what it was, and twice that at most.
         fine = len(items) == 2 and items[0].text is not None and items[0].is_small and items[1].text == "latin1"
@@ -169,6 +222,9 @@ def _take(stack: list[_Folded], code: pickletools.OpcodeInfo) -> list[_Folded]:
     return taken
 
 
-def _tuple_of(items: list[_Folded]) -> _Folded:
+def _tuple_of(taken: list[_Folded], keys: _Keys) -> _Folded:
+    items = tuple(reversed(taken))
     size, depth = 1 + sum(item.size for item in items), 1 + max((item.depth for item in items), default=0)
-    return _Folded(size, depth, items=tuple(reversed(items)))
+    key = tuple(item.hashed for item in items)
+    # Of a list within it, nothing is to be said: such a tuple is no key.
+    return _Folded(size, depth, items=items, hashed=None if None in key else keys.add(key, hash(key)))

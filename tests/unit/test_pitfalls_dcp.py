@@ -26,7 +26,7 @@ from ray_stateful.storage.assignment import assign
 from ray_stateful.storage.plan_cache import PlanCache
 from ray_stateful.storage.planner import BalancedSavePlanner
 from ray_stateful.storage.ranges import ReadLimits
-from ray_stateful.storage.reader import CheckpointReader, read_requests
+from ray_stateful.storage.reader import CheckpointReader, read_requests, value_of
 from ray_stateful.storage.reading import Request, read
 from ray_stateful.storage.uris import resolve
 from ray_stateful.storage.writer import DEFAULT_NUM_FILES
@@ -165,6 +165,27 @@ def test_a_shard_of_what_stock_dcp_wrote_is_read_without_the_rest_of_its_chunk(t
 
         assert torch.equal(into, (whole if key == "t" else whole.t())[256:384])
         assert statistics.bytes_read <= most * into.nbytes
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # stock DCP's, of a save without ranks
+def test_values_of_many_equal_and_many_different_parts_are_read_from_what_stock_dcp_wrote(tmp_path):
+    shape, name = (48, 16), "layer"
+    value = (
+        [(0, 0.5)] * 3000 + [(0, 0.5, None) for _ in range(3000)],
+        [(step, 1 / (1 + step), True) for step in range(3000)],
+        [(shape, name, complex(n, -n)) for n in range(3000)],
+        [torch.Size((n % 7, 3)) for n in range(3000)] + [torch.Size(())],
+        {(layer, head): torch.full((2,), layer) for layer in range(50) for head in range(30)},
+        {2**61 - 1, 2**70, -5, (torch.float32, "cpu")},
+    )
+    dcp.save({"value": value}, checkpoint_id=str(tmp_path))
+    storage, path = resolve(str(tmp_path))
+    (chunk,) = opening.parse(opening.fetch(storage, path)).chunks["value"]
+
+    found = value_of(storage, path, chunk)
+
+    assert found[:4] + found[5:] == value[:4] + value[5:]
+    assert found[4].keys() == value[4].keys()
 
 
 def test_many_small_tensors_take_few_requests(tmp_path):

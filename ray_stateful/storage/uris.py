@@ -18,11 +18,16 @@ CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 20.0
 
 
+# What looks like a path, and was meant to be a URI.
+_ONE_SLASH = re.compile("(file|s3|gs|gcs|abfs|abfss|hdfs):", re.IGNORECASE)
+
 # Of queries. pyarrow knows a few of them and refuses the others, in an error with the URI in it.
 _SECRETS = (
     "access_key|access_key_id|access_token|account_key|aws_access_key_id|aws_secret_access_key|client_secret|password"
     "|sas_token|secret_access_key|secret_key|session_token|sig|token"
 )
+# A text before the "@" with a colon in it, whatever else there is; or a query with one of these.
+_SECRET = re.compile(rf"://.*:.*@|[?&](?:{_SECRETS})=", re.IGNORECASE | re.DOTALL)
 
 
 def resolve(uri: str) -> tuple[RetryingStorage, str]:
@@ -34,12 +39,43 @@ def resolve(uri: str) -> tuple[RetryingStorage, str]:
 
     Raises:
         OSError: the storage can't be reached.
-        ValueError: no filesystem is known for the scheme.
+        ValueError: no filesystem is known for the scheme, or `uri` is none that names one place.
     """
-    if "://" not in uri:
+    scheme, colon, _ = uri.partition("://")
+    if not colon:
+        _refuse_ambiguous(uri)
         return RetryingStorage(PyarrowStorage(pyarrow.fs.LocalFileSystem())), os.path.abspath(uri)
-    filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
+    # Both would be dropped without a word, and two runs would be one. The URI is not shown: a secret may be why.
+    if "#" in uri:
+        raise ValueError(f"a {scheme}:// URI with a '#' in it, which ends it: write %23 for a '#' of a name or secret")
+    if scheme.lower() == "file" and "?" in uri:
+        raise ValueError("a file:// URI with a '?' in it, which ends the path: write %3F for a '?' of a name")
+    try:
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
+    except ValueError:
+        if not _SECRET.search(uri):
+            raise
+        # Whole or in parts, pyarrow's error has the URI in it; so it is not chained, either.
+        raise ValueError(
+            f"a {scheme}:// URI can't be read. Why is not shown, as there is a secret in it: try it without that. In a "
+            "secret, write %2F for a '/', and the like for all but letters and digits; or give it by the environment"
+        ) from None
     return RetryingStorage(PyarrowStorage(with_timeouts(filesystem))), path
+
+
+def _refuse_ambiguous(path: str) -> None:
+    """Refuse a path of this machine that would be a directory of the working directory, and was not meant to be.
+
+    Raises:
+        ValueError: it is one.
+    """
+    scheme = _ONE_SLASH.match(path)
+    if not path:
+        raise ValueError("an empty path: name a directory, or '.' for the working directory")
+    if path == "~" or path.startswith("~/"):
+        raise ValueError(f"{path!r}: '~' is replaced by shells, and not here: use os.path.expanduser(), or './~'")
+    if scheme is not None:
+        raise ValueError(f"a URI that begins with {scheme[0]!r}, without '//': write {scheme[0]}//... (file:///...)")
 
 
 def located(place: Any) -> tuple[RetryingStorage, str]:

@@ -1,6 +1,7 @@
 """Hazards of storage that show in a whole save or restore; others are where one storage is tested."""
 
 import logging
+import traceback
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,61 @@ def test_a_secret_key_is_neither_in_a_checkpoint_nor_in_reports_logs_and_errors(
 )
 def test_credentials_are_left_out_of_a_uri_and_nothing_else_is(uri, shown):
     assert without_credentials(uri) == shown
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIAKEY:the/SECRET@bucket/runs",
+        "s3://AKIAKEY:the#SECRET@bucket/runs",
+        "s3://AKIAKEY:12?SECRET@bucket/runs",
+        "s3://AKIAKEY:SECRET@bucket/runs?region=x&regoin=y",
+        "s3://AKIAKEY:SECRET@bucket/a b",
+        "s3://AKIAKEY:SECRET@bucket/\u00fc",
+        "s3://AKIAKEY:SECRET\n@bucket/",
+        "abfss://:SECRET@account.dfs.core.windows.net/c/p q",
+        "abfss://c@account.dfs.core.windows.net/a b?sig=SECRET",
+        "ftp://user:SECRET@host/x",
+    ],
+)
+def test_a_secret_in_a_uri_that_can_not_be_read_is_not_in_its_error(tmp_path, uri):
+    state = {"part": Part(0)}
+    for use in (
+        lambda: checkpoint.save(state, step=1, run=uri),
+        lambda: checkpoint.restore(state, run=uri),
+        lambda: checkpoint.restore(state, run=tmp_path, checkpoint=uri),
+    ):
+        with pytest.raises(ValueError, match=r"a secret in it|%23") as error:
+            use()
+        assert "SECRET" not in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize(
+    ("uri", "instead"),
+    [
+        ("file://{}/exp#1", "%23"),
+        ("gs://anonymous@bucket/exp#1", "%23"),
+        ("s3://bucket/exp#1?region=us-east-1", "%23"),
+        ("file://{}/exp?1", "%3F"),
+        ("file:{}/exp", "file:///"),
+        ("s3:/bucket/exp", "s3://"),
+        ("~/exp", "expanduser"),
+        ("", "name a directory"),
+    ],
+)
+def test_a_place_that_would_be_another_one_is_refused_and_the_right_way_to_write_it_said(
+    tmp_path, monkeypatch, uri, instead
+):
+    monkeypatch.chdir(tmp_path)
+    for use in (lambda run: save(run, 1), restored_step):
+        with pytest.raises(ValueError, match=instead):
+            use(uri.format(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_with_any_character_is_written_in_percent_signs_in_a_uri_and_as_it_is_in_a_path(tmp_path):
+    save(f"file://{tmp_path}/exp%231%3F%25", 7)
+    assert restored_step(f"{tmp_path}/exp#1?%") == 7
 
 
 def test_the_uri_of_a_checkpoint_can_be_restored_from(s3_environment):

@@ -322,6 +322,7 @@ class DeadlineSink:
         if self._line.stuck:
             # Dropped once the hanging call returns. Only then: a stream is not to be closed while it is written to.
             self._line.post(lambda: self._inner.__exit__(kind, error, trace))
+            self._line.end()
             return
         try:
             self._line.call(lambda: self._inner.__exit__(kind, error, trace), self._policy.publish_s, self._path)

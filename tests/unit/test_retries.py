@@ -17,6 +17,7 @@ import torch
 from ray_stateful import checkpoint
 from ray_stateful.errors import StorageError
 from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage import deadlines
 from ray_stateful.storage.base import Sink
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.retries import RetryingStorage, RetryPolicy, is_transient, write_file
@@ -150,6 +151,28 @@ def test_a_hung_call_is_given_up_at_its_deadline_and_tried_again(inner):
             storage.sizes("d")
     finally:
         faulty.release()
+
+
+def test_a_call_that_was_given_up_leaves_no_thread_once_it_returns(inner, monkeypatch):
+    # So that no thread of another test makes these calls.
+    monkeypatch.setattr(deadlines, "_idle", [])
+    inner.write("d/file", b"content")
+    hanging = [Hang("read", nth=nth) for nth in (1, 3, 5)]
+    faulty = FaultyStorage(inner, [*hanging, Hang("sink.write", nth=2)])
+    storage = RetryingStorage(faulty, RetryPolicy(attempt_s=0.1, first_pause_s=0.01))
+    before = set(threading.enumerate())
+    try:
+        assert [storage.read("d/file") for _ in hanging] == [b"content"] * 3
+        write_file(storage, "d/other", stream_parts)
+        left = set(threading.enumerate()) - before
+        assert len(left) >= 4
+    finally:
+        faulty.release()
+
+    for thread in left:
+        thread.join(10.0)
+    # One for the next call.
+    assert sum(thread.is_alive() for thread in left) <= 1
 
 
 def test_pauses_grow_from_the_first_to_the_longest_and_start_at_zero():

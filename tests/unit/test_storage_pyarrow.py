@@ -19,6 +19,7 @@ from ray_stateful.errors import StorageError
 from ray_stateful.format import layout
 from ray_stateful.storage.local import ASIDE_PREFIX
 from ray_stateful.storage.pyarrow import PyarrowStorage
+from ray_stateful.storage.retries import RetryingStorage, RetryPolicy
 from ray_stateful.storage.uris import resolve
 from tests.proxy import Proxy, ProxyFaults, proxy
 from tests.servers import S3_ENVIRONMENT, S3Server, lying_server
@@ -204,6 +205,18 @@ def test_ranges_of_one_file_ask_for_its_size_once(s3, between):
 
     assert between.count(r"GET /bucket/ranges/file") == 5
     assert between.count(r"HEAD /bucket/ranges/file") == 2
+
+
+def test_an_open_that_hangs_is_given_up_and_the_file_opened_again_by_all_who_wait_for_it(s3, between):
+    s3.write("bucket/hung/file", bytes(100_000))
+    between.set_faults(ProxyFaults(only="HEAD /bucket/hung/file", nth=frozenset({1}), kinds=("stall",), stall_s=60.0))
+    storage = RetryingStorage(s3, RetryPolicy(attempt_s=1.0, budget_s=3.0, first_pause_s=0.01))
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        parts = list(pool.map(lambda start: storage.read("bucket/hung/file", start, 1000), range(0, 4000, 1000)))
+
+    assert parts == [bytes(1000)] * 4
+    # One that looked at what was written, the one that hangs, and one for all who tried again.
+    assert between.count(r"HEAD /bucket/hung/file") == 2
 
 
 def test_a_file_that_another_process_grew_is_read_to_its_new_end(s3, s3_environment):

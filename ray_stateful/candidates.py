@@ -5,6 +5,7 @@ One that turns out to be damaged is rejected by all ranks, together.
 
 from __future__ import annotations
 
+import logging
 import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from ray_stateful.ranks import Failure, Outcome, Ranks
 from ray_stateful.runs import DirectoryRun, Run
 from ray_stateful.storage import opening
 from ray_stateful.storage.uris import located
+
+logger = logging.getLogger(__name__)
 
 
 class Rejected(CheckpointError):
@@ -52,10 +55,15 @@ def find(run: Run, checkpoint: Any) -> tuple[Run, str | None]:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A checkpoint to try: the bytes that describe it, or why rank 0 could not read them."""
+    """A checkpoint to try: the bytes that describe it, or why rank 0 could not read them.
+
+    `to_report` says that the workers that committed it died before they had reported it. One that was asked for by
+    name is none: that is not where the run is.
+    """
 
     name: str
     described: opening.RawCheckpoint | Failure
+    to_report: bool = False
 
 
 def newest_first(run: Run, only: str | None, ranks: Ranks) -> Iterator[Candidate]:
@@ -75,7 +83,7 @@ def newest_first(run: Run, only: str | None, ranks: Ranks) -> Iterator[Candidate
                 names = iter(run.candidates()) if names is None else names
                 name = next(names, None)
                 if name is not None:
-                    answer = Candidate(name, _describe(run, name))
+                    answer = Candidate(name, _describe(run, name), only is None and _is_to_report(run, name))
         if outcome.error is not None:
             answer = Failure.of(outcome.error)
         received = ranks.broadcast("look for checkpoints", answer)
@@ -85,6 +93,15 @@ def newest_first(run: Run, only: str | None, ranks: Ranks) -> Iterator[Candidate
             return
         assert isinstance(received, Candidate)
         yield received
+
+
+def _is_to_report(run: Run, name: str) -> bool:
+    outcome, found = Outcome(), False
+    with outcome.catch():
+        found = run.never_reported(name)
+    if outcome.error is not None:
+        logger.warning("%s is not reported, whether it was before or not: %s", name, outcome.error)
+    return found
 
 
 def _describe(run: Run, name: str) -> opening.RawCheckpoint | Failure:

@@ -21,6 +21,7 @@ Restoring
      before it is copied
   4. (all)     share outcomes: one rank's damaged byte makes all ranks take the next candidate
   5. (all)     hand the values to each part; random streams last
+  6. (all)     report it, if it is the run's newest and its writers died before they had
   Without any candidate: 2 to 5 for the models alone, from the initial weights, if there are some (`initial.py`)
 """
 
@@ -274,13 +275,7 @@ class Saving:
             ReportFailed: on every rank; the checkpoint is committed.
         """
         self.clock.begin("report")
-        outcome = Outcome()
-        with outcome.catch():
-            self._run.report(self._prepared, self._name)
-        failures = ranks.failures("report", outcome)
-        if failures:
-            path = posixpath.join(self._run.path, self._name)
-            raise ReportFailed(path, {rank: failure.text for rank, failure in failures.items()}) from outcome.error
+        _report(self._run, self._prepared, self._name, ranks)
         self.clock.stop()
         report = SaveReport(
             name=self._name,
@@ -397,6 +392,7 @@ def restore(
         NoIntactCheckpoint: on every rank; there are checkpoints, and none passed verification. Tensors may hold a
             mixture by then. Initial weights are no way out of that.
         NoInitialWeights: on every rank; there is no checkpoint, and `initial` is damaged, or names nothing of its kind.
+        ReportFailed: on every rank; all is restored, but what had not been reported yet can't be reported now.
         RankFailed: on every rank; some rank could not read for another reason than damage.
         RankTimeout: a rank did not arrive in time.
     """
@@ -420,7 +416,7 @@ def restore(
     to_try = candidates.newest_first(source, name, ranks)
     rejected: dict[str, str] = {}
     try:
-        report = _restore_newest(state, source, to_try, ranks, limits, verify, initial, rejected)
+        report, is_to_report = _restore_newest(state, source, to_try, ranks, limits, verify, initial, rejected)
     except Exception:  # whatever it is: counted, and raised again
         meters.tell(run, source.storage, ranks.rank, meters.of_failed_restore(rejected, ranks.rank))
         raise
@@ -432,6 +428,8 @@ def restore(
             # Outside of Ray, whose workers log at this level, nobody would see it.
             print(report, flush=True)
     meters.tell(run, source.storage, ranks.rank, meters.of_restore(report, ranks.rank))
+    if is_to_report:
+        _report_late(run, report, ranks)
     return report
 
 
@@ -444,26 +442,60 @@ def _restore_newest(
     verify: str,
     initial: Any,
     rejected: dict[str, str],
-) -> ResumeReport | None:
+) -> tuple[ResumeReport | None, bool]:
     """Restore the first of `to_try` that is intact; those before it are added to `rejected`, with the reason.
 
-    If there are none, the models begin from `initial`; `None` without that.
+    If there are none, the models begin from `initial`; `None` without that. And whether it is still to be reported.
     """
     touched: set[str] = set()
     for candidate in to_try:
         try:
-            return restoring.restore_one(state, run, candidate, ranks, limits, verify, rejected, touched)
+            report = restoring.restore_one(state, run, candidate, ranks, limits, verify, rejected, touched)
         except Rejected as error:
             rejected[candidate.name] = str(error)
             if ranks.rank == 0:
                 fields = {"event": "rejected", "checkpoint": candidate.name, "why": str(error)}
                 words = "checkpoint %s can't be used, taking the next older one: %s"
                 logger.warning(words, candidate.name, error, extra={"ray_stateful": fields})
+        else:
+            return report, candidate.to_report
     if rejected:
         raise NoIntactCheckpoint(run.uri, rejected)
     if initial is None:
-        return None
-    return initial_weights.load(state, initial, run, ranks, limits, verify)
+        return None, False
+    return initial_weights.load(state, initial, run, ranks, limits, verify), False
+
+
+def _report(run: Run, prepared: Any, name: str, ranks: Ranks) -> None:
+    """Report a checkpoint. Collective; raises `ReportFailed` on every rank."""
+    outcome = Outcome()
+    with outcome.catch():
+        run.report(prepared, name)
+    failures = ranks.failures("report", outcome)
+    if failures:
+        path = posixpath.join(run.path, name)
+        raise ReportFailed(path, {rank: failure.text for rank, failure in failures.items()}) from outcome.error
+
+
+def _report_late(run: Run, restored: ResumeReport, ranks: Ranks) -> None:
+    """Report what was restored, as the workers that committed it died before they had. Collective.
+
+    Otherwise `Result.checkpoint` would be an older one, and nobody would ever delete this one.
+    """
+    outcome, prepared = Outcome(), None
+    with outcome.catch():
+        # Its metrics died with those who had them.
+        prepared = run.prepare_report({"step": restored.step})
+    failures = ranks.failures("prepare a report", outcome)
+    if not failures:
+        _report(run, prepared, restored.checkpoint, ranks)
+    if ranks.rank == 0:
+        why = "; ".join(f"rank {rank}: {failure.text}" for rank, failure in sorted(failures.items()))
+        logger.info(
+            "%s was committed and never reported: %s",
+            restored.checkpoint,
+            f"nor is it now: {why}" if why else "it is now",
+        )
 
 
 def _agree(ranks: Ranks, path: str, phase: str, outcome: Outcome, facts: Sequence[int] = ()) -> list[list[int]]:

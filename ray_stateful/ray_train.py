@@ -112,6 +112,16 @@ class RayRun:
             )
         return names
 
+    def never_reported(self, name: str) -> bool:
+        """Whether Ray does not count `name`: the workers died, or their report failed, after its commit.
+
+        Raises:
+            StorageError: the snapshot can't be read at this moment. A checkpoint must not be reported twice: with
+                `num_to_keep` the second report would have Ray delete it as the older one of two.
+        """
+        # Also what Ray hands over: a report of this process reaches that at once, and the snapshot some time later.
+        return name not in self._handed_over() and name not in self._snapshot_names()
+
     def tracked(self) -> frozenset[str]:
         """The checkpoints that Ray counts. It fails when one of them was deleted by somebody else.
 

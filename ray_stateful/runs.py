@@ -57,6 +57,10 @@ class Run(Protocol):
         """Names of checkpoints to resume from, newest first; looked for as they are asked for. On rank 0 alone."""
         ...
 
+    def never_reported(self, name: str) -> bool:
+        """Whether somebody counts the checkpoints of this run, and was not told of `name`. Called on rank 0 alone."""
+        ...
+
     def tracked(self) -> frozenset[str] | None:
         """Names that somebody else counts, and deletes; `None` when nobody does. Called on rank 0 alone."""
         ...
@@ -79,6 +83,9 @@ class DirectoryRun:
     def candidates(self) -> Iterator[str]:
         directories = self.storage.directories(self.path)
         return committed(self.storage, self.path, filter(None, map(layout.parse_name, directories)))
+
+    def never_reported(self, name: str) -> bool:
+        return False
 
     def tracked(self) -> None:
         return None

@@ -87,6 +87,9 @@ class FailingRun:
     def candidates(self):
         return DirectoryRun(self.storage, self.path, self.uri).candidates()
 
+    def never_reported(self, name):
+        return False
+
     def tracked(self):
         return None
 

@@ -289,6 +289,31 @@ def test_a_run_reports_survives_its_metrics_and_finds_its_checkpoints_again(fit,
     assert any("a run of this name has been here before" in said and str(run_path) in said for said in again["said"])
 
 
+def _commit_without_a_report(config):
+    """Three checkpoints, of which one is reported when it is saved; the others as by workers that died before."""
+    run = ray_train.current_run()
+    unheard = DirectoryRun(run.storage, run.path, run.uri)
+    names = [save({"value": _Value(1)}, {"loss": 0.5}, step=1).name]
+    names.append(save({"value": _Value(2)}, step=2, run=unheard).name)
+    # The second time Ray's list may not have it yet; to report it again would be R4.
+    steps = [restore({"value": _Value(0)}).step for _ in range(2)]
+    names.append(save({"value": _Value(3)}, step=3, run=unheard).name)
+    # On purpose, whatever the reason: that is not where the run is.
+    steps.append(restore({"value": _Value(0)}, checkpoint=names[2]).step)
+    return names, steps
+
+
+def test_what_was_committed_and_never_reported_is_reported_once_when_the_run_goes_on_from_it(fit, tmp_path):
+    result = fit(_commit_without_a_report, trainer=TorchTrainer, checkpoint_config=CheckpointConfig(num_to_keep=1))
+
+    names, steps = result.return_value
+    assert steps == [2, 2, 3]
+    assert Path(result.checkpoint.path).name == names[1]
+    assert result.metrics == {"step": 2}
+    # Ray counts it: the one before it is deleted.
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint_s*")) == names[1:]
+
+
 def _in_local_mode(config):
     before = restore({"value": _Value(0)})
     saved = save({"value": _Value(7)}, {"loss": np.float32(2)}, step=3)

@@ -172,10 +172,11 @@ def _match(
                     filled[name] = fill(part, (name,), mine, run, opened)
             except ResizeRefused as error:
                 refusals.append(error)
-            if name in filled and not isinstance(filled[name].value, EveryRank):
-                unfit = _asked(part, "check_saved", filled[name].value)
+            if name in filled:
+                resized = isinstance(filled[name].value, EveryRank)
+                unfit = _asked(part, "check_resized" if resized else "check_saved", filled[name].value)
                 problems += [f"{name}: {problem}" for problem in unfit]
-                if not unfit:
+                if not unfit and not resized:
                     filled[name] = replace(filled[name], changes=_asked(part, "changed_from", filled[name].value))
     _agree_on_problems(opened, problems, refusals, touched - _keys(filled), outcome, ranks)
     return filled

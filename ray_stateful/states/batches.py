@@ -217,7 +217,8 @@ class GlobalBatchSampler:
 
     def _changed(self, saved: Mapping[str, Any]) -> list[Change]:
         # drop_last is not in checkpoints of earlier versions.
-        return [name for name in _EFFECTS if name in saved and saved[name] != getattr(self, name)]
+        saved = {"drop_last": self.drop_last, **saved}
+        return [name for name in _EFFECTS if saved[name] != getattr(self, name)]
 
     def _ends_early(self, saved: Mapping[str, Any]) -> bool:
         """Whether nothing is left here of the epoch that was saved in its midst."""

@@ -11,6 +11,8 @@ Any part may also have
     describe() -> str                             one line for the resume report, asked after it was loaded
     check_saved(saved) -> tuple[str, ...]         what keeps `saved` (tensors in it not yet filled) from being loaded,
                                                   one line each; asked before anything is loaded
+    check_resized(saved) -> tuple[str, ...]       the same, asked of a rank part at another number of ranks: `saved` are
+                                                  the values of all ranks that saved
     changed_from(saved) -> tuple[str, ...]        what will not be as it was saved, in a few words each: the report says
                                                   "changed" then, and not "exact"; asked at the same time
     on_step(step=...) -> None                     told by `Checkpointer.step` that an optimizer step was completed

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ray_stateful.errors import StateMismatch
+from ray_stateful.ranks import current_rank
 from ray_stateful.states.derived import derived_seed
 from ray_stateful.states.part import RankPart, World
 
@@ -33,13 +34,15 @@ class RandomState(RankPart):
     of a SHA-256: the same for the same resume, different for every rank, stream and step.
 
     Args:
-        generators: More streams, by name. They must be the same names when resuming.
+        generators: More streams, by name. They must be the same names when resuming, on any number of workers.
         seed: What derived streams come from; the same on every rank. A resumed run keeps the checkpoint's. Left out, it
             is what rank 0's torch stream was seeded with.
-        devices: CUDA devices that this rank draws on. Left out, it is the current one, if CUDA is in use.
+        devices: CUDA devices that this rank draws on; as many when resuming on as many workers. Left out, it is the
+            current one, if CUDA is in use.
         data_parallel_rank: Whose streams this rank derives on another number of workers. Left out, it is the global
             rank, so that all ranks draw differently. Ranks of one tensor-parallel group have to draw alike: DTensor's
-            dropout takes their CUDA streams to be the same (`torch.distributed.tensor._random`).
+            dropout takes their CUDA streams to be the same (`torch.distributed.tensor._random`). On as many workers it
+            has to be the one that was saved: on another mesh, ranks of one group would go on with different streams.
     """
 
     # Loading other parts may draw from these streams.
@@ -62,24 +65,48 @@ class RandomState(RankPart):
     def state_dict(self) -> dict[str, Any]:
         return {
             "seed": torch.initial_seed() if self._seed is None else self._seed,
+            "data_parallel_rank": self._rank(current_rank()),
             "streams": {name: stream.get() for name, stream in self._streams().items()},
         }
 
     def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
         """What keeps `saved` from being loaded at equal size, one line each; changes nothing."""
-        # Whether CUDA is in use yet is not the user's doing: a fresh process may not have touched it at this point.
+        problems = [*self.check_resized({0: saved})]
+        # Not in checkpoints of earlier versions. Without the numbers: one line for all ranks.
+        if saved.get("data_parallel_rank", self._rank(current_rank())) != self._rank(current_rank()):
+            problems.append(
+                "data_parallel_rank is another one than was saved on this rank, so that ranks of one group would draw "
+                "differently: resume on the mesh that saved, or leave this part out of one restore and save it anew"
+            )
+        if self._devices is not None:
+            missing, new = self._cuda_differences(saved)
+            found = [f"{name} is in" for name in missing] + [f"{name} is not in" for name in new]
+            problems += [f"{one} the checkpoint: give as many devices= as saved it, or leave it out" for one in found]
+        return tuple(problems)
+
+    def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+        """What keeps `saved` from being loaded on another number of ranks, one line each; changes nothing."""
         ours = {f"generator {name}" for name in self._named}
-        theirs = {name for name in saved["streams"] if name.startswith("generator ")}
+        theirs = {name for name in saved[0]["streams"] if name.startswith("generator ")}
         return tuple(
             [f"{name} is not in the checkpoint: leave it out of generators=" for name in sorted(ours - theirs)]
             + [f"{name} is in the checkpoint: give it in generators=" for name in sorted(theirs - ours)]
+        )
+
+    def changed_from(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """What will not be as it was saved, in a few words each; changes nothing."""
+        # No reason to refuse: whether CUDA is in use at a restore is not the user's doing.
+        missing, new = self._cuda_differences(saved)
+        return (
+            *(f"stream {name} is left out: not drawn on here" for name in missing),
+            *(f"stream {name} is as it was seeded: not in the checkpoint" for name in new),
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with every stream exactly where it was.
 
         Raises:
-            StateMismatch: the named generators are others than were saved.
+            StateMismatch: named generators, `devices` or `data_parallel_rank` are others than were saved.
         """
         problems = self.check_saved(state_dict)
         if problems:
@@ -95,7 +122,7 @@ class RandomState(RankPart):
 
     def resize(self, saved: Mapping[int, Mapping[str, Any]], world: World) -> str:
         self._seed = saved[0]["seed"]
-        rank = world.rank if self._data_parallel_rank is None else self._data_parallel_rank
+        rank = self._rank(world.rank)
         for name, stream in self._streams(saved[0]).items():
             stream.reseed(derived_seed("random", self._seed, world.step, rank, name))
         streams = f"{len(saved)} stream{'' if len(saved) == 1 else 's'}"
@@ -108,21 +135,29 @@ class RandomState(RankPart):
             "numpy": _NumpyGlobal(),
             "torch": _Torch(torch.default_generator),
         }
-        for position, device in enumerate(
-            self._cuda_devices(wanted=saved is not None and "cuda 0" in saved["streams"])
-        ):
+        for position, device in enumerate(self._cuda_devices(saved)):
             # By position: a rank that was placed elsewhere has its stream on a device of another number.
             torch.cuda.init()  # type: ignore[no-untyped-call]  # untyped in torch
             streams[f"cuda {position}"] = _Torch(torch.cuda.default_generators[device])
         return streams | {f"generator {name}": stream for name, stream in self._named.items()}
 
-    def _cuda_devices(self, *, wanted: bool) -> list[int]:
+    def _rank(self, rank: int) -> int:
+        return rank if self._data_parallel_rank is None else self._data_parallel_rank
+
+    def _cuda_differences(self, saved: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """The CUDA streams that are only in `saved`, and those that are only here."""
+        ours = {f"cuda {position}" for position in range(len(self._cuda_devices(saved)))}
+        theirs = {name for name in saved["streams"] if name.startswith("cuda ")}
+        return sorted(theirs - ours), sorted(ours - theirs)
+
+    def _cuda_devices(self, saved: Mapping[str, Any] | None) -> list[int]:
         if not torch.cuda.is_available():
             return []
         if self._devices is not None:
             return [d if isinstance(d, int) else torch.cuda._utils._get_device_index(d, True) for d in self._devices]
         # Not asking about CUDA before it is in use: it would take memory of a device that this rank never touches.
         in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped in torch
+        wanted = saved is not None and "cuda 0" in saved["streams"]
         return [torch.cuda.current_device()] if in_use or wanted else []
 
 

@@ -42,7 +42,7 @@ def save(run):
 
 def restore(run):
     """With each rule in turn: how the report calls it and where the loader stands, or the error."""
-    results = {}
+    results, rank = {}, dist.get_rank()
     for name, rule in [("default", None), ("restart", Restart()), ("merge", Merge(furthest))]:
         ours, progress = loader(), Progress()
         streams = RandomState({"mixup": random.Random()}, seed=5)
@@ -56,6 +56,14 @@ def restore(run):
     other = GlobalBatchSampler(100, global_batch_size=16, micro_batch_size=2)
     with pytest.raises(StateMismatch, match="global_batch_size was 8 and is 16"):
         checkpoint.restore({"batches": other}, run=run)
+    with pytest.raises(StateMismatch, match="generator mixup is in the checkpoint"):
+        checkpoint.restore({"random": RandomState()}, run=run)
+    # Rank 0's is the one that was saved: it has to know from the others.
+    grouped = RandomState({"mixup": random.Random()}, data_parallel_rank=rank // 2)
+    try:
+        results["grouped"] = checkpoint.restore({"random": grouped}, run=run).parts[0].outcome
+    except StateMismatch as error:
+        results["grouped"] = error.problems
     return results
 
 
@@ -65,9 +73,11 @@ def saved(tmp_path_factory):
     return run, run_ranks(3, save, run)
 
 
-def test_at_equal_size_every_rank_gets_its_own_loader_and_streams_back(saved):
+def test_at_equal_size_every_rank_gets_its_own_loader_and_streams_back_unless_the_mesh_is_another_one(saved):
     run, expected = saved
     for outcome, (batch, drawn) in zip(run_ranks(3, restore, run), expected, strict=True):
+        (problem,) = outcome.pop("grouped")
+        assert problem.startswith("random: data_parallel_rank is another one than was saved")
         for _, step, redrawn, rebatch in outcome.values():
             assert step == 3
             assert torch.equal(redrawn, drawn)
@@ -80,6 +90,7 @@ def test_on_another_number_of_workers_the_rule_decides_and_the_report_says_which
     outcomes = run_ranks(2, restore, run)
 
     for outcome in outcomes:
+        assert outcome["grouped"] == "re-seeded"
         refused, step = outcome["default"]
         assert "part 'loader' was saved by 3 workers and cannot be restored on 2" in refused
         assert step == 0

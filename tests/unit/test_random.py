@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ray_stateful import checkpoint
 from ray_stateful.errors import StateMismatch
 from ray_stateful.format.values import decode, encode
 from ray_stateful.states.part import World
@@ -119,6 +120,7 @@ def test_other_named_generators_than_were_saved_are_refused_before_any_stream_is
         RandomState({"mixup": random.Random()}).load_state_dict(saved)
 
     assert any("generator dropout is in the checkpoint" in problem for problem in refused.value.problems)
+    assert RandomState({"mixup": random.Random()}).check_resized({0: saved, 1: saved}) == refused.value.problems
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -156,3 +158,56 @@ def test_ranks_of_one_tensor_parallel_group_derive_the_same_streams():
     assert drawn(2, 1) == drawn(3, 1)
     assert drawn(1, 0) != drawn(2, 1)
     assert drawn(1, 1) == drawn(1, None)
+
+
+def test_a_rank_of_another_data_parallel_rank_does_not_go_on_at_equal_size():
+    saved = RandomState(data_parallel_rank=1).state_dict()
+
+    with pytest.raises(StateMismatch, match=r"data_parallel_rank is another one .*the mesh that saved"):
+        RandomState(data_parallel_rank=0).load_state_dict(saved)
+    RandomState(data_parallel_rank=1).load_state_dict(saved)
+    # As earlier versions saved it.
+    del saved["data_parallel_rank"]
+    RandomState(data_parallel_rank=0).load_state_dict(saved)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """CUDA, played by as many generators of the host as are asked for."""
+
+    def play(num_devices):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: num_devices > 0)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: num_devices > 0)
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        generators = tuple(torch.Generator().manual_seed(n) for n in range(num_devices))
+        monkeypatch.setattr(torch.cuda, "default_generators", generators)
+
+    return play
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (1, 0, ["stream cuda 0 is left out: not drawn on here"]),
+        (0, 1, ["stream cuda 0 is as it was seeded: not in the checkpoint"]),
+        (2, 1, ["stream cuda 1 is left out: not drawn on here"]),
+        (1, 1, []),
+    ],
+)
+def test_the_report_calls_random_streams_exact_only_if_all_cuda_streams_go_on(tmp_path, cuda, before, after, said):
+    cuda(before)
+    checkpoint.save({"random": RandomState(devices=range(before))}, step=1, run=str(tmp_path))
+    cuda(after)
+    (part,) = checkpoint.restore({"random": RandomState()}, run=str(tmp_path)).parts
+
+    assert (part.outcome, list(part.details)) == ("changed" if said else "exact", said)
+
+
+def test_another_number_of_devices_that_were_named_is_refused(cuda):
+    cuda(2)
+    for before, after, where in [([0], [0, 1], "is not in"), ([0, 1], [1], "is in")]:
+        saved = RandomState(devices=before).state_dict()
+        with pytest.raises(StateMismatch, match=f"cuda 1 {where} the checkpoint: give as many devices="):
+            RandomState(devices=after).load_state_dict(saved)
+        RandomState(devices=[1, 0][: len(before)]).load_state_dict(saved)

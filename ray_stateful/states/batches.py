@@ -283,7 +283,11 @@ class GlobalBatchSampler:
 
     def _ahead(self) -> Iterator[GlobalBatch]:
         """The rest of the epoch without waiting for steps: what is prefetched, and counts for nothing."""
-        at, epoch, loads = (self.epoch, self.position), self.epoch, self._num_loads
+        # From where the run stands now, and not at the first `next`: a first batch may have been passed over by then.
+        return self._from(self.epoch, self.position, self._num_loads)
+
+    def _from(self, epoch: int, position: int, loads: int) -> Iterator[GlobalBatch]:
+        at = epoch, position
         while at[0] == epoch:
             yield self._batch(*at)
             self._check_not_loaded_since(loads)
@@ -301,9 +305,7 @@ class MicroBatchView:
         self.batches = batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches._ahead():
-            for micro in batch:
-                yield micro.indices
+        return (micro.indices for batch in self.batches._ahead() for micro in batch)
 
     def __len__(self) -> int:
         batches = self.batches

@@ -15,17 +15,38 @@ T = TypeVar("T")
 
 
 class PairedBatch(Generic[T]):
-    """One worker's share of one global batch with its data: iterate over it once, for `(micro, data)`."""
+    """One worker's share of one global batch with its data: iterate over it once, for `(micro, data)`.
+
+    The loader gives its data once. To go over it more often (a GAN, the closure of LBFGS), keep it: `list(batch)`.
+    """
 
     def __init__(self, batch: GlobalBatch, data: Iterator[T]) -> None:
         self.batch = batch
         self._data = data
         self._num_taken = 0
+        self._is_begun = False
+
+    @property
+    def epoch(self) -> int:
+        return self.batch.epoch
+
+    @property
+    def num_samples(self) -> int:
+        return self.batch.num_samples
 
     def __len__(self) -> int:
         return len(self.batch)
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, T]]:
+        if self._is_begun:
+            raise RuntimeError(
+                f"the batch at sample {self.batch.position} of epoch {self.batch.epoch} was iterated over before, and "
+                "its data is gone: keep it with list(batch) to go over it more than once"
+            )
+        self._is_begun = True
+        return self._pairs()
+
+    def _pairs(self) -> Iterator[tuple[MicroBatch, T]]:
         while self._num_taken < len(self.batch):
             micro = self.batch.micro_batches[self._num_taken]
             yield micro, self._take()

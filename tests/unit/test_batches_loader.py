@@ -3,6 +3,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ray_stateful.states.batches import GlobalBatchSampler
+from ray_stateful.states.gradients import accumulate
+from ray_stateful.states.progress import Progress
 
 LENGTH = 103
 
@@ -83,15 +85,39 @@ def test_the_length_of_the_view_is_the_number_of_micro_batches_left(drop_last):
             batches.on_step(step=1)
 
 
-def test_a_rest_of_a_batch_that_was_passed_over_is_not_given_to_the_next_one():
+@pytest.mark.parametrize("num_passed_over", [0, 1])
+def test_a_batch_or_a_rest_of_one_that_was_passed_over_is_not_given_to_the_next_one(num_passed_over):
     batches = sampler()
     for step, batch in enumerate(batches.paired_with(loader_of(batches, 0))):
-        for micro, (indices, _) in batch:
+        for micro, (indices, _) in batch if step >= num_passed_over else ():
             assert indices.tolist() == micro.indices
             break
         batches.on_step(step=step)
 
     assert batches.epoch == 1
+
+
+def test_a_batch_is_gone_over_a_second_time_from_a_list_of_it_and_otherwise_not():
+    batches = sampler()
+    paired = batches.paired_with(loader_of(batches, 0))
+    kept = list(next(paired))
+    batches.on_step(step=1)
+    batch = next(paired)
+    for _ in accumulate(torch.nn.Linear(1, 1), batch):
+        break
+
+    assert [len(indices) for _ in range(2) for _, (indices, _) in kept] == [3, 3, 3, 3, 2, 2] * 2
+    with pytest.raises(RuntimeError, match=r"the batch at sample 16 of epoch 0 .*list\(batch\)"):
+        list(batch)
+
+
+def test_a_batch_with_its_data_says_what_there_is_to_count():
+    batches, progress = sampler(), Progress()
+    for batch in batches.paired_with(loader_of(batches, 0)):
+        progress.count(samples=batch.num_samples, epoch=batch.epoch)
+        batches.on_step(step=1)
+
+    assert (progress.samples, progress.epoch) == (LENGTH, 0)
 
 
 def test_starting_a_loader_once_more_after_a_restart_does_not_shift_the_runs_random_stream():

@@ -25,10 +25,10 @@ and leaves those out. What that asks of the dataset is in `docs/design/ray_data.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray.train
 import torch
@@ -95,6 +95,8 @@ class RayDataBatches(RankPart):
         prefetch_batches, local_shuffle_buffer_size: As of `iter_batches`. What is fetched and not trained counts for
             nothing.
         local_shuffle_seed: Mixed with epoch and rank.
+        allow_change: What may differ from the checkpoint: another `"global_batch_size"`, which applies from there on,
+            while schedulers keep counting steps.
 
     Attributes:
         epoch: From 0.
@@ -113,6 +115,7 @@ class RayDataBatches(RankPart):
         prefetch_batches: int = 1,
         local_shuffle_buffer_size: int | None = None,
         local_shuffle_seed: int | None = None,
+        allow_change: Collection[Literal["global_batch_size"]] = (),
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         self._ranks = Ranks.of_world(timeout_s, "ray data")
@@ -122,6 +125,9 @@ class RayDataBatches(RankPart):
                 f"Ray Train has {world_size} workers, and torch.distributed {self._ranks.world_size}: batches are "
                 "agreed on by collectives, so use a TorchTrainer"
             )
+        unknown = sorted(set(allow_change) - {"global_batch_size"})
+        if unknown:
+            raise ValueError(f"allow_change={unknown} names nothing that could change: global_batch_size")
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size} leaves nothing to train on: give at least 1")
         if global_batch_size < world_size:
@@ -137,7 +143,7 @@ class RayDataBatches(RankPart):
         self.epoch = self.position = self.samples = 0
         self._shard: ResumableShard = shard
         self._prefetch_batches, self._buffer_size = prefetch_batches, local_shuffle_buffer_size
-        self._seed = local_shuffle_seed
+        self._seed, self._allow_change = local_shuffle_seed, frozenset(allow_change)
         # Trained by this rank in this epoch, and what it took over from ranks that are no more.
         self._trained, self._recent = RowSet.empty(), list[RowSet]()
         self._pending: tuple[RowSet, int] | None = None
@@ -186,9 +192,30 @@ class RayDataBatches(RankPart):
             "epoch": self.epoch,
             "position": self.position,
             "samples": self.samples,
+            "global_batch_size": self.global_batch_size,
             "first": torch.from_numpy(trained.first.copy()),
             "last": torch.from_numpy(trained.last.copy()),
         }
+
+    def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """What keeps `saved` from being loaded, one line each; changes nothing."""
+        if not self.changed_from(saved) or "global_batch_size" in self._allow_change:
+            return ()
+        was = saved["global_batch_size"]
+        return (
+            f"global_batch_size was {was} and is {self.global_batch_size}: this changes what a step means to "
+            f"schedulers and learning rate; give global_batch_size={was}, or allow_change=['global_batch_size']",
+        )
+
+    def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+        """The same on another number of workers."""
+        return self.check_saved(saved[0])
+
+    def changed_from(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """What will not be as it was saved, in a few words; changes nothing."""
+        # Not in checkpoints of earlier versions.
+        was = saved.get("global_batch_size", self.global_batch_size)
+        return () if was == self.global_batch_size else (f"global_batch_size {was:,} -> {self.global_batch_size:,}",)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._load(state_dict, _row_set(state_dict))
@@ -200,7 +227,8 @@ class RayDataBatches(RankPart):
         # All of them to one rank: `__iter__` puts them together again, and each row must be in one set only.
         everything = RowSet.disjoint_union([_row_set(state) for state in saved.values()])
         self._load(saved[0], everything if world.rank == 0 else RowSet.empty())
-        return f"{self.position:,} rows of {len(saved)} workers are left out of the rest of the epoch"
+        left_out = f"{self.position:,} rows of {len(saved)} workers are left out of the rest of the epoch"
+        return "; ".join([left_out, *self.changed_from(saved[0])])
 
     def describe(self) -> str:
         shares = " + ".join(map(str, split_evenly(self.global_batch_size, self._ranks.world_size)))

@@ -20,7 +20,9 @@ import torch
 from ray.data import ExecutionOptions, ExecutionResources, RandomSeedConfig
 from ray.train.torch import TorchTrainer
 
+from ray_stateful import checkpoint
 from ray_stateful.checkpointer import Checkpointer
+from ray_stateful.errors import StateMismatch
 from ray_stateful.ray_data import RayDataBatches, ResumableDataConfig
 from ray_stateful.ray_shards import refuse_positional, without
 from ray_stateful.states.row_sets import RowSet, as_ids
@@ -54,7 +56,7 @@ def _train(config):
 
         with pytest.raises(RuntimeError, match="no batch in hand"):
             batches.on_step(step=1)
-        say(position=batches.position, report=str(report))
+        say(position=batches.position, report=str(report), changed=None if report is None else _changed())
         while batches.epoch < NUM_EPOCHS:
             for batch in batches:
                 ids, weight = [], 0.0
@@ -77,6 +79,15 @@ def _train(config):
         assert batches.samples == NUM_EPOCHS * NUM_ROWS
 
 
+def _changed():
+    """What is said of another global batch: the problem, and the line of the report if it is allowed."""
+    of = {"global_batch_size": 2 * GLOBAL_BATCH, "micro_batch_size": 3}
+    with pytest.raises(StateMismatch) as refused:
+        checkpoint.restore({"batches": RayDataBatches(**of)})
+    allowed = RayDataBatches(**of, allow_change=["global_batch_size"])
+    return str(refused.value), str(checkpoint.restore({"batches": allowed}))
+
+
 def _read(tmp_path, began, world_size):
     logs = [tmp_path / f"log.{began}.{world_size}.{rank}" for rank in range(world_size)]
     return [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
@@ -86,7 +97,7 @@ def _double(rows):
     return {**rows, "double": 2 * rows["id"]}
 
 
-def test_a_run_killed_in_mid_epoch_goes_on_with_more_workers_and_trains_every_row_once(cluster, fit, tmp_path):
+def test_a_run_killed_in_mid_epoch_goes_on_with_more_workers_the_same_batch_and_every_row_once(cluster, fit, tmp_path):
     # Rows are shuffled without a seed: what tells them apart is their id, not their place.
     dataset = ray.data.range(NUM_ROWS, override_num_blocks=NUM_BLOCKS).randomize_block_order().map_batches(_double)
     config = ResumableDataConfig(row_id="id", execution_options=ONE_AT_A_TIME)
@@ -110,6 +121,11 @@ def test_a_run_killed_in_mid_epoch_goes_on_with_more_workers_and_trains_every_ro
         survived += [line for line in lines if killed_at is None or line["step"] <= began + SAVE_EVERY]
     assert "exact" in _read(tmp_path, 4, 2)[0][0]["report"]
     assert "re-planned" in logs[0][0]["report"]
+    for began, world_size, outcome in [(4, 2, "changed"), (8, 3, "re-planned")]:
+        refused, allowed = _read(tmp_path, began, world_size)[0][0]["changed"]
+        assert "batches: global_batch_size was 16 and is 32" in refused
+        assert outcome in allowed
+        assert "global_batch_size 16 -> 32" in allowed
 
     for epoch in range(NUM_EPOCHS):
         seen = Counter(row for line in survived if line["epoch"] == epoch for row in line["ids"])

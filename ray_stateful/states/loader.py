@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from ray_stateful.errors import ResizeRefused
 from ray_stateful.states.part import RankPart, World
 
@@ -74,6 +76,9 @@ class LoaderState(RankPart):
     A loader counts what it has yielded. That is what was trained if it is saved between steps with no batch in hand, as
     a Checkpointer does; one that prefetches must count what it gives out, as StatefulDataLoader does.
 
+    A loader is asked for its state once right after it was restored: a StatefulDataLoader starts by that, and its next
+    `iter` draws nothing from torch's global stream, of which RandomState has the place where the run was.
+
     Args:
         loader: Restored in place.
         on_resize: `Refuse()`, `Restart()`, `Merge(function)`, or a rule of your own.
@@ -90,10 +95,14 @@ class LoaderState(RankPart):
         self._rule = Refuse() if on_resize is None else on_resize
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loader": self._loader.state_dict()}
+        # To ask a StatefulDataLoader that was not started starts it, which draws from torch's global stream.
+        with torch.random.fork_rng(devices=[]):
+            return {"loader": self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._loader.load_state_dict(state_dict["loader"])
+        # Started now: the next `iter` would draw where the run that was not interrupted did not.
+        self.state_dict()
 
     def check_resize(self, name: str, world: World) -> None:
         self._rule.check(name, world)

@@ -1,10 +1,13 @@
 import pytest
+import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ray_stateful.errors import ResizeRefused
 from ray_stateful.format.values import decode, encode
 from ray_stateful.states.loader import LoaderState, Merge, Refuse, Restart
 from ray_stateful.states.part import World
+from ray_stateful.states.random import RandomState
+from ray_stateful.testing import assert_resumes
 
 # torchdata 0.11 calls a function that torch 2.13 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
@@ -73,3 +76,24 @@ def test_a_merge_function_gets_all_saved_positions_and_its_answer_is_loaded():
 def test_a_loader_without_a_position_is_refused_when_it_is_wrapped():
     with pytest.raises(ValueError, match="a list has no state_dict"):
         LoaderState([1, 2, 3])
+
+
+@pytest.mark.parametrize("num_steps", [0, 2, 5, 6])
+def test_a_loader_that_is_started_once_more_does_not_shift_the_runs_random_stream(num_steps):
+    """Resumed before its first batch, within an epoch, after its last batch, and within the next."""
+
+    def build():
+        ours, batches = StatefulDataLoader(list(range(20)), batch_size=4, shuffle=True), None
+
+        def step():
+            nonlocal batches
+            batches = iter(ours) if batches is None else batches
+            batch = next(batches, None)
+            if batch is None:
+                batches = iter(ours)
+                batch = next(batches)
+            return batch, torch.rand(1)
+
+        return {"loader": LoaderState(ours), "random": RandomState()}, step
+
+    assert_resumes(build, num_steps=num_steps, num_more=7)

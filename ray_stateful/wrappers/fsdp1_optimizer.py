@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from ray_stateful.wrappers.optimizer_keys import PARAM_GROUPS, PARAMS, STATE, flatten, leaves, nested, split
+from ray_stateful.wrappers.optimizer_keys import (
+    PARAM_GROUPS,
+    PARAMS,
+    STATE,
+    ByName,
+    flatten,
+    leaves,
+    nested,
+    of_group,
+)
 from ray_stateful.wrappers.optimizer_start import gradients_set_aside, initial_state, is_stand_in
 from ray_stateful.wrappers.optimizer_values import check_hyperparameters
 from ray_stateful.wrappers.sharded_tensors import as_dtensor, into_sharded
@@ -27,7 +35,7 @@ class Fsdp1Optimizer:
         self.model, self.optimizer = model, optimizer
         self._groups: list[list[str]] = []
         self._names: dict[str, frozenset[str]] = {}
-        # Between `check` and `load`: torch hands out clones, and two moments are a lot of a device's memory.
+        # Between `look` and `load`: torch hands out clones, and two moments are a lot of a device's memory.
         self._live: dict[str, Any] = {}
 
     @property
@@ -58,32 +66,36 @@ class Fsdp1Optimizer:
         self._names |= {key: frozenset(name for name, _ in leaves(values)) for key, values in state[STATE].items()}
         return flatten(state)
 
-    def check(self, flat: Mapping[str, Any]) -> None:
-        """Refuse `flat` before anything is touched.
+    @property
+    def owned(self) -> frozenset[str]:
+        """Keys of all parameters, as of the last `state_dict` or `look`."""
+        return frozenset(self._names)
 
-        Raises:
-            ValueError: parameters of one group bring different hyperparameters.
-        """
+    def look(self) -> None:
+        """See what there is to load into."""
         self._live = self._flat()
-        self.check_groups(flat)
 
-    def check_groups(self, flat: Mapping[str, Any]) -> None:
-        """The same of hyperparameters, as of the last `state_dict`. Of this rank alone."""
+    def check(self, state: ByName, hyper: ByName) -> None:
+        """Refuse what is given, before anything is touched: as `check_groups`."""
+        self.check_groups(hyper)
+
+    def check_groups(self, hyper: ByName) -> None:
+        """Refuse hyperparameters that differ within a group: `ValueError`. Of this rank alone."""
         for group in self._groups:
-            check_hyperparameters(group, flat, frozenset(self._names))
+            check_hyperparameters(group, hyper)
 
-    def load(self, flat: Mapping[str, Any]) -> list[str]:
-        """Take over `flat`; the keys of the parameters that got their state."""
-        state, hyper, _ = split(flat, frozenset(self._names))
+    def load(self, state: ByName, hyper: ByName) -> list[str]:
+        """Take over what is there of its parameters, after a `look`; the keys of those that got their state."""
         groups = []
         for keys, live in zip(self._groups, self.optimizer.param_groups, strict=True):
             values = {name: value for name, value in live.items() if name != PARAMS}
-            for name, where in hyper.get(keys[0], {}).items() if keys else ():
-                values[name] = tuple(flat[where]) if isinstance(values.get(name), tuple) else flat[where]
+            for name, value in of_group(keys, hyper).items():
+                values[name] = tuple(value) if isinstance(values.get(name), tuple) else value
             groups.append({**values, PARAMS: keys})
         states = {
-            key: nested({name: into_sharded(self._live.get(where), flat[where]) for name, where in names.items()})
-            for key, names in state.items()
+            key: nested({n: into_sharded(self._live.get(f"{STATE}.{key}.{n}"), value) for n, value in values.items()})
+            for key, values in state.items()
+            if key in self._names
         }
         with gradients_set_aside(self.optimizer):
             _begin(self.optimizer)
@@ -93,8 +105,8 @@ class Fsdp1Optimizer:
         self._live = {}
         # Saved before the first step: it goes on without state, as it would have. What stands beside the count is as
         # after a step (NAdam's `mu_product` is not 1).
-        for parameter, values in list(self.optimizer.state.items()):
-            if is_stand_in(self.optimizer, values):
+        for parameter, stored in list(self.optimizer.state.items()):
+            if is_stand_in(self.optimizer, stored):
                 del self.optimizer.state[parameter]
         return list(states)
 

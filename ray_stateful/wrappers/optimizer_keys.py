@@ -9,13 +9,15 @@ Nothing is stored by group or by number, so parameters may be regrouped, reorder
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 STATE = "state"
 PARAM_GROUPS = "param_groups"
 PARAMS = "params"
 # Names of this optimizer's own parameters, in the order of its groups: nothing to restore.
 PARAM_NAMES = "param_names"
+
+ByName: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 
 def leaves(state: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -75,6 +77,26 @@ def split(
     return found[STATE], found[PARAM_GROUPS], unknown
 
 
+def by_parameter(flat: Mapping[str, Any], parameters: frozenset[str]) -> tuple[ByName, ByName]:
+    """The values of `state` and of `param_groups`, each parameter to name to value; those of no parameter left out."""
+    state, hyper, _ = split(flat, parameters)
+    of_state, of_hyper = (
+        {key: {name: flat[where] for name, where in names.items()} for key, names in found.items()}
+        for found in (state, hyper)
+    )
+    return of_state, of_hyper
+
+
+def of_group(members: Iterable[str], hyper: ByName) -> dict[str, Any]:
+    """The hyperparameters of a group: each from the first of its members that brings it; another may be new."""
+    found: dict[str, Any] = {}
+    for key in members:
+        for name, value in hyper.get(key, {}).items():
+            if name not in (PARAMS, PARAM_NAMES):
+                found.setdefault(name, value)
+    return found
+
+
 def _dots(text: str) -> Iterator[int]:
     dot = text.rfind(".")
     while dot != -1:
@@ -120,7 +142,7 @@ def judge(
         notes.append(
             f"no state in the checkpoint for {some(without)}: never had a gradient, or was frozen; starts fresh"
         )
-    notes += [f"{name} of {some(keys)} is not in the checkpoint: kept as built" for name, keys in _by_name(hyper)]
+    notes += [f"{name} of {some(keys)} is not in the checkpoint: as the group has it" for name, keys in _by_name(hyper)]
 
     state, hyper, elsewhere = split(unexpected, owned)
     for key, names in sorted(state.items()):

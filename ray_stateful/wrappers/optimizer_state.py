@@ -89,9 +89,13 @@ class OptimizerState(StrictPart):
         flat = optimizer_keys.flatten(state_dict.get("optim", {}))
         bound = self._bind()
         for optimizer in bound:
-            optimizer.check(flat)
+            if isinstance(optimizer, Fsdp1Optimizer):
+                optimizer.look()
+        state, hyper = self._by_parameter(flat)
+        for optimizer in bound:
+            optimizer.check(state, hyper)
         has_state = any(names for optimizer in bound for names in optimizer.expected.values())
-        loaded = {key for optimizer in bound for key in optimizer.load(flat)}
+        loaded = {key for optimizer in bound for key in optimizer.load(state, hyper)}
         trained = {key for optimizer in bound for key in optimizer.trained}
         _log.info("optimizer: loaded the state of %d parameters", len(loaded))
         # SGD without momentum has none, here or there.
@@ -105,10 +109,11 @@ class OptimizerState(StrictPart):
     def check_saved(self, saved: dict[str, Any]) -> tuple[str, ...]:
         """Groups whose parameters bring different hyperparameters; those in tensors are compared when they are read."""
         flat = optimizer_keys.flatten(saved.get("optim", {}))
+        _, hyper = self._by_parameter(flat)
         problems: list[str] = []
         for optimizer in self._bound:
             try:
-                optimizer.check_groups(flat)
+                optimizer.check_groups(hyper)
             except ValueError as error:
                 problems.append(str(error))
         return tuple(problems)
@@ -134,6 +139,10 @@ class OptimizerState(StrictPart):
             num_groups = len(optimizer.param_groups)
             words.append(f"{type(optimizer).__name__}, {num_groups} group{'s' if num_groups != 1 else ''}")
         return "; ".join([*words, *schedulers.describe(self.scheduler), *self.notes])
+
+    def _by_parameter(self, flat: dict[str, Any]) -> tuple[optimizer_keys.ByName, optimizer_keys.ByName]:
+        # Once for all groups and optimizers, of which there may be one for each parameter.
+        return optimizer_keys.by_parameter(flat, frozenset(key for bound in self._bound for key in bound.owned))
 
     def _bind(self) -> list[BoundOptimizer | Fsdp1Optimizer]:
         """The optimizers with the names that their parameters have now."""

@@ -16,7 +16,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ray_stateful.errors import UnsupportedState
-from ray_stateful.wrappers.optimizer_keys import PARAM_GROUPS, PARAM_NAMES, PARAMS, STATE, leaves, nested, split
+from ray_stateful.wrappers.optimizer_keys import (
+    PARAM_GROUPS,
+    PARAM_NAMES,
+    PARAMS,
+    STATE,
+    ByName,
+    leaves,
+    nested,
+    of_group,
+)
 from ray_stateful.wrappers.optimizer_start import (
     STARTS_WITH_STATE,
     initial_state,
@@ -144,43 +153,40 @@ class BoundOptimizer:
             return value.numel() == 1 and (name == "step" or is_torchs(self.optimizer))
         return not isinstance(value, float) or name == "step" or is_torchs(self.optimizer)
 
-    def check_groups(self, flat: Mapping[str, Any]) -> None:
+    def check_groups(self, hyper: ByName) -> None:
         """Refuse hyperparameters that differ within a group: `ValueError`."""
         for _, members in self.groups():
-            check_hyperparameters([key for key, _ in members], flat, self.owned)
+            check_hyperparameters([key for key, _ in members], hyper)
 
-    def check(self, flat: Mapping[str, Any]) -> None:
-        """Refuse `flat` before anything is touched.
+    def check(self, state: ByName, hyper: ByName) -> None:
+        """Refuse what is given by parameter, of this optimizer and others, before anything is touched.
 
         Raises:
             ValueError: parameters of one group bring different hyperparameters, or shapes differ.
         """
-        self.check_groups(flat)
-        state, _, _ = split(flat, self.owned)
+        self.check_groups(hyper)
         for key, parameter in self.parameters():
             live = dict(leaves(self.optimizer.state.get(parameter, {})))
-            for name, where in state.get(key, {}).items():
-                ours, theirs = live.get(name), flat[where]
+            for name, theirs in state.get(key, {}).items():
+                ours = live.get(name)
                 if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor) and ours.shape != theirs.shape:
+                    where = f"{STATE}.{key}.{name}"
                     raise ValueError(f"{where!r} has shape {tuple(theirs.shape)}, and {tuple(ours.shape)} here")
             absent = sorted(set(self._offered.get(key, live)) - set(state.get(key, {})))
             if key in state and absent:
                 raise ValueError(f"{STATE}.{key} lacks {absent}: part of a parameter's state is of no use")
 
-    def load(self, flat: Mapping[str, Any]) -> list[str]:
-        """Take over `flat`: all hyperparameters and state in it; a parameter without state in it starts fresh.
+    def load(self, state: ByName, hyper: ByName) -> list[str]:
+        """Take over what is there of its parameters; one without state in it starts fresh.
 
         Returns:
             The keys of the parameters that got their state.
         """
-        state, hyper, _ = split(flat, self.owned)
         with torch.no_grad():
-            loaded = self._load_state({key: {n: flat[w] for n, w in names.items()} for key, names in state.items()})
+            loaded = self._load_state(state)
         for group, members in self.groups():
-            for key, _ in members[:1]:
-                for name, where in hyper.get(key, {}).items():
-                    if name not in (PARAMS, PARAM_NAMES):
-                        group[name] = _into(group.get(name), flat[where])
+            for name, value in of_group([key for key, _ in members], hyper).items():
+                group[name] = _into(group.get(name), value)
             if is_torchs(self.optimizer):
                 self._place_counts(group, [parameter for _, parameter in members])
         self._offered = {}
@@ -201,12 +207,12 @@ class BoundOptimizer:
             elif "capturable" in group or "fused" in group:
                 state["step"] = state["step"].cpu()
 
-    def _load_state(self, given: dict[str, dict[str, Any]]) -> list[str]:
+    def _load_state(self, given: ByName) -> list[str]:
         starting: list[tuple[str, torch.Tensor]] = []
         loaded: list[str] = []
         dampened = {key for group, members in self.groups() if group.get("dampening") for key, _ in members}
         for key, parameter in self.parameters():
-            values = given.get(key, {})
+            values: Mapping[str, Any] = given.get(key, {})
             if self._is_stand_in(values, key in dampened):
                 # Saved without ever having had a gradient. It goes on as it would have: without state, also where
                 # there is some here. What stands beside the step is as after one: NAdam's mu_product is not 1.
@@ -248,21 +254,21 @@ _NOT_SHAPED = (
 )
 
 
-def check_hyperparameters(members: Sequence[str], flat: Mapping[str, Any], owned: frozenset[str]) -> None:
+def check_hyperparameters(members: Sequence[str], hyper: ByName) -> None:
     """Refuse hyperparameters that differ within one group.
 
     Raises:
         ValueError: names two parameters and their values.
     """
-    _, hyper, _ = split(flat, owned)
     first: dict[str, str] = {}
     for key in members:
-        for name, where in hyper.get(key, {}).items():
-            other = first.setdefault(name, where)
-            if not _equal(flat[other], flat[where]):
+        for name, value in hyper.get(key, {}).items():
+            other = first.setdefault(name, key)
+            if not _equal(hyper[other][name], value):
+                one, two = (f"{PARAM_GROUPS}.{of}.{name}" for of in (other, key))
                 raise ValueError(
-                    f"{other!r} is {flat[other]!r} and {where!r} is {flat[where]!r}, but both parameters are in one "
-                    "group here; keep them in groups of their own"
+                    f"{one!r} is {hyper[other][name]!r} and {two!r} is {value!r}, but both parameters are in one group "
+                    "here; keep them in groups of their own"
                 )
 
 

@@ -220,6 +220,23 @@ def test_an_unused_expert_and_live_gradients_cost_no_moments_on_ranks(wrapping, 
     passed(run_ranks(2, unused_expert, str(tmp_path), wrapping))
 
 
+def joined_by_a_new_parameter(wrapping: str) -> list[float]:
+    warnings.simplefilter("ignore")
+    *_, state = parts(wrapping, 1)
+    saved = {key: value for key, value in state["optimizer"].state_dict()["optim"].items() if ".scale." not in key}
+    model = WRAPPINGS[wrapping](Tied(seed=2))
+    by_name = dict(model.named_parameters())
+    scale = by_name.pop(next(name for name in by_name if name.endswith("scale")))
+    optimizer = torch.optim.AdamW([scale, *by_name.values()], lr=9.0)
+    OptimizerState(model, optimizer).load_state_dict({"optim": saved})
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("wrapping", ["fsdp1", "fsdp2"])
+def test_a_new_parameter_that_comes_first_in_its_group_does_not_cost_it_its_learning_rate(wrapping):
+    assert run_ranks(2, joined_by_a_new_parameter, wrapping) == [[0.1]] * 2
+
+
 def before_the_first_step(directory: str, wrapping: str) -> None:
     warnings.simplefilter("ignore")
     for name, make in {

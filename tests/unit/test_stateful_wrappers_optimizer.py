@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from ray_stateful import checkpoint
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState
+from ray_stateful.wrappers import optimizer_keys
 from tests.ranks.wrapper_models import Tied, assert_same, leaves, train
 from tests.transfer import snapshot, transfer
 
@@ -226,6 +227,37 @@ def test_one_group_may_become_two_in_another_order():
     assert_same(leaves(state_by_name(fresh, again)), leaves(state_by_name(saved, optimizer)))
     assert [group["lr"] for group in again.param_groups] == [0.3, 0.3]
     assert [group["betas"] for group in again.param_groups] == [(0.5, 0.6)] * 2
+
+
+def test_a_new_parameter_that_comes_first_does_not_cost_its_group_the_saved_hyperparameters():
+    saved, fresh = Tied(seed=1), Tied(seed=2)
+    optimizer = torch.optim.AdamW(saved.blocks.parameters(), lr=0.3, betas=(0.5, 0.6), weight_decay=0.2)
+    train(saved, optimizer)
+    again = torch.optim.AdamW([fresh.scale, *fresh.blocks.parameters()])
+    judged = transfer(snapshot(OptimizerState(saved, optimizer)), OptimizerState(fresh, again))
+    assert {name: again.param_groups[0][name] for name in ("lr", "betas", "weight_decay")} == {
+        "lr": 0.3,
+        "betas": (0.5, 0.6),
+        "weight_decay": 0.2,
+    }
+    assert "lr of scale is not in the checkpoint: as the group has it" in judged.notes
+
+
+@pytest.mark.parametrize("how", ["groups", "optimizers"])
+def test_loading_looks_at_each_key_a_few_times_however_many_groups_and_optimizers_there_are(how, monkeypatch):
+    looks: list[str] = []
+    dots = optimizer_keys._dots
+    monkeypatch.setattr(optimizer_keys, "_dots", lambda text: looks.append(text) or dots(text))
+    model = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(40))
+    if how == "groups":
+        optimizer: Any = torch.optim.AdamW([{"params": [parameter]} for parameter in model])
+    else:
+        optimizer = [torch.optim.AdamW([parameter]) for parameter in model]
+    part = OptimizerState(model, optimizer)
+    saved = part.state_dict()
+    part.check_saved(saved)
+    part.load_state_dict(saved)
+    assert len(looks) <= 4 * len(saved["optim"])
 
 
 def test_two_groups_that_differ_can_not_become_one():

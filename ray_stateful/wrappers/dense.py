@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ray_stateful.errors import UnsupportedState
-from ray_stateful.wrappers.model_keys import EXTRA_STATE, tied_head
+from ray_stateful.wrappers.model_keys import EXTRA_STATE, further_names, tied_head
 from ray_stateful.wrappers.sharded_tensors import as_dtensor, into_sharded
 from ray_stateful.wrappers.shards import whole
 
@@ -79,6 +79,13 @@ def load(part: nn.Module, own: Mapping[str, Any], given: Mapping[str, Any]) -> N
         # Its hooks take every parameter out of the dict, and stumble over one that is not there: also over one that is
         # left out of `own`.
         values = {**get_model_state_dict(part), **values}
+    else:
+        # torch goes into each module once, and under DDP and torch.compile leaves what has another of its names.
+        further = further_names(part)
+        for name in list(values) if further else ():
+            module, _, entry = name.rpartition(".")
+            if module in further:
+                values.setdefault(f"{further[module]}.{entry}", values.pop(name))
     result = set_model_state_dict(part, values, options=StateDictOptions(strict=False))
     # Not strict, for the entries that may be absent; none that was given may go unused.
     assert not result.unexpected_keys, result.unexpected_keys

@@ -78,6 +78,16 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield canonical_name(model, name), parameter
 
 
+def further_names(model: nn.Module) -> dict[str, str]:
+    """The further canonical names of the modules that are registered under several, each to the first one."""
+    first: dict[nn.Module, str] = {}
+    further: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if first.setdefault(module, name) != name:
+            further[canonical_name(model, name)] = canonical_name(model, first[module])
+    return further
+
+
 def head_and_name(model: nn.Module) -> tuple[nn.Parameter, str] | tuple[None, None]:
     """The output head's parameter and its canonical name; `(None, None)` without a head."""
     for name, parameter in model.named_parameters(remove_duplicate=False):

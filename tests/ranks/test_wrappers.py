@@ -189,6 +189,37 @@ def test_two_optimizers_of_one_sharded_model_come_back_or_are_refused_at_once(wr
         assert found.startswith(outcome)
 
 
+class Siamese(Tied):
+    """Has a module under two names, and one inside it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        self.query = nn.Sequential(self.blocks[0])
+        self.key = self.query
+
+
+def shared_modules(directory: str) -> None:
+    warnings.simplefilter("ignore")
+    # torch shards no module both with and without a wrapper of activation checkpointing around it.
+    for wrapping in sorted(WRAPPINGS.keys() - {"checkpointed"}):
+        states = []
+        for seed in (1, 2):
+            model = WRAPPINGS[wrapping](Siamese(seed))
+            optimizer = torch.optim.AdamW(model.parameters())
+            states.append({"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)})
+            if seed == 1:
+                train(model, optimizer, num_steps=1)
+        saved, fresh = states
+        checkpoint.save(saved, step=1, run=f"{directory}/{wrapping}")
+        checkpoint.restore(fresh, run=f"{directory}/{wrapping}")
+        assert "key.0.up.weight" in saved["model"].state_dict()
+        assert_same(values(fresh), values(saved))
+
+
+def test_a_module_under_several_names_comes_back_under_every_wrapping(tmp_path):
+    passed(run_ranks(2, shared_modules, str(tmp_path)))
+
+
 class Expert(Tied):
     def __init__(self, seed: int) -> None:
         super().__init__(seed=seed)

@@ -70,10 +70,15 @@ def put(nested: Any, path: KeyPath, value: Any) -> Any:
 
 
 def remove(nested: Any, path: KeyPath) -> None:
-    """Take the dict entry at `path` out of `nested`."""
-    for step in path[:-1]:
-        nested = nested[step]
-    del nested[path[-1]]
+    """Take the dict entry at `path` out of `nested`, and each dict on the way that has nothing else in it.
+
+    Left behind, an empty one would say that there was such a dict, and that it was empty.
+    """
+    step, rest = path[0], path[1:]
+    if rest:
+        remove(nested[step], rest)
+    if not rest or (isinstance(nested, Mapping) and not nested[step]):
+        del nested[step]
 
 
 def copy_containers(value: Any) -> Any:

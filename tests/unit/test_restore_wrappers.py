@@ -143,3 +143,41 @@ def test_a_buffer_that_repeats_itself_is_refused_when_it_is_saved_not_when_it_is
 
     with pytest.raises(SaveFailed, match=r"mask: a view that repeats .* \(4, 3\) .*clone\(\)"):
         checkpoint.save(state_of(model), step=1, run=str(tmp_path))
+
+
+class Scaled(nn.Linear):
+    """Has extra state in a dict, which it takes apart."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.scales = {"largest": 1.0, "history": [1, 2]}
+
+    def get_extra_state(self):
+        return self.scales
+
+    def set_extra_state(self, state):
+        self.scales = {"largest": state["largest"], "history": state["history"]}
+
+
+def test_extra_state_in_a_dict_that_is_not_in_the_checkpoint_stays_as_it_is(tmp_path):
+    saved, fresh = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(Scaled())
+    checkpoint.save(state_of(saved), step=1, run=str(tmp_path))
+
+    report = checkpoint.restore(state_of(fresh), run=str(tmp_path))
+
+    assert "0._extra_state.largest is not in the checkpoint: kept as built" in str(report)
+    assert fresh[0].scales == {"largest": 1.0, "history": [1, 2]}
+    assert torch.equal(fresh[0].weight, saved[0].weight)
+
+
+def test_a_hyperparameter_in_a_dict_that_is_not_in_the_checkpoint_stays_as_it_is(tmp_path):
+    saved, fresh = Model(), Model()
+    one = torch.optim.AdamW([{"params": saved.body.parameters(), "clip": {"norm": 1.0}}])
+    two = torch.optim.AdamW(
+        [{"params": model, "clip": {"norm": 0.1}} for model in (fresh.body.parameters(), fresh.lm_head.parameters())]
+    )
+    checkpoint.save(state_of(saved, one), step=1, run=str(tmp_path))
+
+    checkpoint.restore(state_of(fresh, two), run=str(tmp_path))
+
+    assert [group["clip"] for group in two.param_groups] == [{"norm": 1.0}, {"norm": 0.1}]

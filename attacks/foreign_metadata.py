@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from attacks.archives import saved
 from attacks.corpus import Workshop, attack
+from attacks.hashes import MODULUS, offsets_of_one_hash
 from attacks.pickles import assemble, items_are, metadata_is, text
 from ray_stateful.format import layout
 
@@ -27,6 +28,26 @@ def change(workshop: Workshop, function: Callable[[Any], object]) -> None:
 
 def place(metadata: Any, key: str) -> Any:
     return next(info for index, info in metadata.storage_data.items() if index.fqn == key)
+
+
+def add_tensor(metadata: Any, key: str, shape: torch.Size, chunks: list[dcp.ChunkStorageMetadata]) -> None:
+    """Another tensor, whose first chunk is stored, without bytes."""
+    properties = dcp.TensorProperties(dtype=torch.uint8)
+    metadata.state_dict_metadata[key] = dcp.TensorStorageMetadata(properties, shape, chunks)
+    metadata.storage_data[dcp.MetadataIndex(key, chunks[0].offsets)] = empty(metadata)
+
+
+def add_value(metadata: Any, key: str, path: Any) -> None:
+    """Another value, stored without bytes."""
+    metadata.state_dict_metadata[key] = dcp.BytesStorageMetadata()
+    metadata.storage_data[dcp.MetadataIndex(key)] = empty(metadata)
+    metadata.planner_data[key] = path
+
+
+def empty(metadata: Any) -> Any:
+    """A place of no bytes in a file that is there."""
+    file = next(info.relative_path for info in metadata.storage_data.values())
+    return _StorageInfo(file, 0, 0)
 
 
 @attack(foreign=True)
@@ -246,7 +267,7 @@ def places_of_one_hash(workshop):
     keys = []
     for number in range(1 << 15):
         # A number and the same plus 2**61 - 1 have one hash, and so have tuples of them.
-        offset = torch.Size([(2**61 - 1) * (number >> bit & 1) for bit in range(15)])
+        offset = torch.Size([MODULUS * (number >> bit & 1) for bit in range(15)])
         # Each by itself, without the first and last instruction: a dict of them takes as long to make here.
         keys.append(pickle.dumps(dcp.MetadataIndex("thing.weights", offset), protocol=2)[2:-1] + pickle.NONE)
     metadata_is(workshop, assemble(pickle.EMPTY_DICT, pickle.MARK, *keys, pickle.SETITEMS))
@@ -259,10 +280,57 @@ def chunks_of_one_hash(workshop):
     def crowd(metadata: Any) -> None:
         entry = metadata.state_dict_metadata["thing.weights"]
         for number in range(1 << 15):
-            offset = torch.Size([(2**61 - 1) * (number >> bit & 1) for bit in range(15)])
+            offset = torch.Size([MODULUS * (number >> bit & 1) for bit in range(15)])
             entry.chunks.append(dcp.ChunkStorageMetadata(offset, torch.Size([1] * 15)))
 
     change(workshop, crowd)
+
+
+@attack(foreign=True)
+def chunks_without_elements_of_one_hash(workshop):
+    """The same within the tensor's shape: thirty thousand chunks without elements."""
+
+    def crowd(metadata: Any) -> None:
+        empty = torch.Size((0,) * 23)
+        chunks = [dcp.ChunkStorageMetadata(torch.Size(o), empty) for o in offsets_of_one_hash(30_000, 23)]
+        add_tensor(metadata, "thing.empty", torch.Size((*(1,) * 22, 1 << 57)), chunks)
+
+    change(workshop, crowd)
+
+
+@attack(foreign=True)
+def chunks_of_one_list(workshop):
+    """A hundred thousand chunks in a list, which stands for those of each of a thousand tensors."""
+
+    def repeat(metadata: Any) -> None:
+        chunks = [dcp.ChunkStorageMetadata(torch.Size([0]), torch.Size([0]))] * 100_000
+        for number in range(1000):
+            add_tensor(metadata, f"thing.tensor_{number}", torch.Size([1]), chunks)
+
+    change(workshop, repeat)
+
+
+@attack(foreign=True)
+def path_of_all(workshop):
+    """A path of half a million steps, which stands for that of each of two thousand values."""
+
+    def repeat(metadata: Any) -> None:
+        steps = ["x"] * 500_000
+        for number in range(2000):
+            add_value(metadata, f"thing.value_{number}", steps)
+
+    change(workshop, repeat)
+
+
+@attack(foreign=True)
+def positions_of_one_hash(workshop):
+    """Forty thousand positions of a list that are multiples of 2**61 - 1."""
+
+    def move(metadata: Any) -> None:
+        for number in range(40_000):
+            add_value(metadata, f"thing.list.{number * MODULUS}", ("thing", "list", number * MODULUS))
+
+    change(workshop, move)
 
 
 @attack(foreign=True)

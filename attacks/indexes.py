@@ -7,9 +7,11 @@ import dataclasses
 import pyarrow as pa
 
 from attacks.corpus import attack
+from attacks.hashes import MODULUS, offsets_of_one_hash, pairs_of_one_hash
 from ray_stateful.format import layout
 from ray_stateful.format.chunks import Box
 from ray_stateful.format.index import SCHEMA
+from ray_stateful.format.rows import IntKey
 
 
 @attack
@@ -335,3 +337,47 @@ def index_whose_dictionary_grows(workshop):
     options = pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
     texts = pa.array(["", *"x" * 500_000])
     batches(workshop, 500, lambda batch: texts[: 500_000 - 500 + batch], options)
+
+
+def many(workshop, *changes):
+    """Add rows like that of a tensor or value, each with its changes."""
+    rows = workshop.rows()
+    first = {row.key: row for row in rows}
+    workshop.write_rows(
+        [
+            *rows,
+            *(
+                dataclasses.replace(first[like], key=".".join(map(str, path)), path=path, **one)
+                for like, path, one in changes
+            ),
+        ]
+    )
+
+
+@attack
+def places_without_elements_of_one_hash(workshop):
+    """Twenty-five thousand chunks without elements, whose offsets have one hash."""
+    shape = (*(1,) * 22, 1 << 57)
+    empty = {"dtype": "uint8", "shape": shape, "checksums": b"", "block_bytes": 1024}
+    many(
+        workshop,
+        *(
+            ("thing.weights", ("thing", "empty"), {**empty, "box": Box(offsets, (0,) * 23)})
+            for offsets in offsets_of_one_hash(25_000, 23)
+        ),
+    )
+
+
+@attack
+def int_keys_of_one_hash(workshop):
+    """Forty thousand keys of a dict that are multiples of 2**61 - 1, which all have the hash 0."""
+    keys = (IntKey(number * MODULUS) for number in range(40_000))
+    many(workshop, *(("thing.name", ("thing", "numbers", key), {"value": "1"}) for key in keys))
+
+
+@attack
+def paths_of_one_hash(workshop):
+    """Paths of two numbers each, without the name of a part, in whose tuples one makes up for the other."""
+    workshop.manifest(lambda body: body.update(parts=[]))
+    pairs = pairs_of_one_hash(40_000)
+    many(workshop, *(("thing.name", tuple(map(IntKey, pair)), {"value": "1"}) for pair in pairs))

@@ -168,3 +168,9 @@ def manifest_with_more_to_say(workshop):
 def manifest_that_is_a_list(workshop):
     """JSON, and no object."""
     raw(workshop, json.dumps([{"checksum": checksum(b"[]")}]).encode())
+
+
+@attack
+def manifest_of_two_billion_ranks(workshop):
+    """So many ranks saved, it says, that a list of them takes all memory."""
+    workshop.manifest(lambda body: body.update(world_size=2 * 10**9))

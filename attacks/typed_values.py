@@ -6,6 +6,7 @@ import base64
 import json
 
 from attacks.corpus import attack
+from attacks.hashes import MODULUS
 
 
 def value_is(workshop, value):
@@ -156,3 +157,17 @@ def text_of_characters_that_do_not_exist(workshop):
 def texts_of_characters_that_do_not_exist(workshop):
     """The same in an array, for whoever looks into it later."""
     value_is(workshop, {"$ndarray": [">U2", [1], base64.b64encode(b"\xff" * 8).decode()]})
+
+
+@attack
+def value_of_sets_in_a_set_of_one_hash(workshop):
+    """A set of 300 sets of 300 numbers, all of one hash: each pair of sets is compared number by number."""
+    numbers = [number * MODULUS for number in range(301)]
+    value_is(workshop, {"$set": [{"$frozenset": numbers[:at] + numbers[at + 1 :]} for at in range(300)]})
+
+
+@attack
+def value_that_divides_by_zero(workshop):
+    """Two NumPy times in a set, one in units of no seconds: to compare them is a division, and ends the process."""
+    data = base64.b64encode(bytes(8)).decode()
+    value_is(workshop, {"$set": [{"$numpy": ["<M8[0s]", data]}, {"$numpy": ["<M8[s]", data]}]})

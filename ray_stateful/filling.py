@@ -94,7 +94,8 @@ def fill_rank_part(
     if opened.manifest is None:
         # A foreign checkpoint does not say by how many ranks it was written; this part does.
         world = replace(world, saved_world_size=len(saved))
-    if len(saved) != len(steps) or saved != list(range(world.saved_world_size)):
+    # The number first: it is the manifest's, and whatever a stranger wrote there.
+    if not len(steps) == len(saved) == world.saved_world_size or saved != list(range(len(saved))):
         raise DamagedCheckpoint(opened.path, f"{name!r} has entries {sorted(steps)[:8]}, not one for each rank")
     if not world.resized:
         return fill(part, (name, layout.rank_key(world.rank)), flat, run, opened)

@@ -8,7 +8,9 @@ runs nothing, and (stored uncompressed) no column is larger in memory than the f
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +24,11 @@ from ray_stateful.format.rows import MAX_PATH_LENGTH, MAX_POSITION, IntKey, KeyP
 
 MAX_REPEATED_BYTES = 16 << 20
 MAX_VALUES_BYTES = (1 << 31) - 2  # what one column of texts holds
+# Whatever is compared with each of as many.
+MAX_EQUAL_KEYS = 1000
+MAX_EQUAL_PLACES = 16
 _MIN_ROW_BYTES = 64  # the fixed-width part of a row: three sizes, three offsets of lists, of texts and of entries
+_HASH_MODULUS = sys.hash_info.modulus
 _ROWS_AT_ONCE = 1 << 16
 _LONG_BYTES = 192  # what a part of other bytes takes, wherever they are
 
@@ -122,21 +128,35 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
     for n, text in enumerate(columns["path"]):
         if text not in paths:
             paths[text] = _path_from_json(text, f"{where}: row {n}")
+    _check_int_keys(paths.values(), where)
     for name in ("shape", "sizes"):
         columns[name] = _repeated(columns[name])
     rows = [_row(columns, n, paths) for n in range(table.num_rows)]
     values = sum(len(row.value) for row in rows if row.value is not None)
     if values > room_for_values(data):
         raise HostileCheckpoint(where, f"values of {values:,} bytes in an index of {len(data):,}")
-    seen: dict[tuple[str, bool, tuple[int, ...]], StoredChunk] = {}
+    # By the hashes of places, which are easily made the same for many places without elements.
+    seen: dict[tuple[str, bool, int], list[tuple[int, ...]]] = defaultdict(list)
     for row in rows:
         problem = row_problem(row, file_sizes)
         if problem is not None:
             raise HostileCheckpoint(where, f"{row.key!r}: {problem}")
-        first = seen.setdefault((row.key, row.is_tree, row.box.offsets), row)
-        if first is not row:
+        places = seen[row.key, row.is_tree, hash(row.box.offsets)]
+        if row.box.offsets in places:
             raise HostileCheckpoint(where, f"{row.key!r} at {row.box.offsets} stands there twice")
+        places.append(row.box.offsets)
+        if len(places) > MAX_EQUAL_PLACES:
+            raise HostileCheckpoint(where, f"{row.key!r} has more than {MAX_EQUAL_PLACES} chunks at places of one hash")
     return rows
+
+
+def _check_int_keys(paths: Iterable[KeyPath], where: str) -> None:
+    """Refuse dict keys that are numbers chosen so that a dict has to compare each with each."""
+    large = sorted(step for path in paths for step in path if isinstance(step, IntKey) and abs(step) >= _HASH_MODULUS)
+    # Each once. A set of them would be what they were chosen against.
+    hashes = Counter(hash(key) for key, before in zip(large, [None, *large], strict=False) if key != before)
+    if hashes and max(hashes.values()) > MAX_EQUAL_KEYS:
+        raise HostileCheckpoint(where, f"more than {MAX_EQUAL_KEYS} keys have one hash")
 
 
 def _row(columns: dict[str, list[Any]], n: int, paths: Mapping[str, KeyPath]) -> StoredChunk:
@@ -225,6 +245,9 @@ def _path_from_json(text: str, where: str) -> KeyPath:
         raise HostileCheckpoint(where, f"its path can't be read: {error}") from error
     if not isinstance(steps, list) or len(steps) > MAX_PATH_LENGTH:
         raise HostileCheckpoint(where, "its path is not a short list")
+    if steps and type(steps[0]) is not str:
+        # It is the name of a part. And of what begins with a text no hash can be chosen.
+        raise HostileCheckpoint(where, "its path does not begin with a name")
     path: list[str | int] = []
     for step in steps:
         if type(step) is str or (type(step) is int and 0 <= step < MAX_POSITION):

@@ -18,7 +18,7 @@ import math
 import re
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 MAX_DEPTH = 64
 MAX_EMPTY_STRINGS = 1 << 20
 MAX_EQUAL_HASHES = 1000
-_PLAIN_DTYPE = re.compile(r"[<>|=][biufcmMSUV][0-9]{1,9}(\[[0-9]{0,9}[a-zA-Z]{1,2}\])?")
+# A time's unit is so many of something, and not 0: numpy divides by that.
+_PLAIN_DTYPE = re.compile(r"[<>|=][biufcmMSUV][0-9]{1,9}(\[([1-9][0-9]{0,8})?[a-zA-Z]{1,2}\])?")
 _SPLIT_CHARACTER = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _ADVICE = (
     "give the part a state_dict() of numbers, strings, bytes, lists, tuples, dicts, sets, numpy values and tensors, "
@@ -212,7 +213,26 @@ def _distinguishable(keys: list[Any]) -> list[Any]:
     counts = Counter(hash(key) for key in keys if type(key) is not str)
     if counts and max(counts.values()) > MAX_EQUAL_HASHES:
         raise ValueError(f"more than {MAX_EQUAL_HASHES} keys have one hash")
+    # Of sets of such numbers, each comparison is as many again.
+    if counts and max(counts.values()) > 1 and _comparisons(keys) > MAX_EQUAL_HASHES * sum(map(_num_leaves, keys)):
+        raise ValueError("keys of one hash are sets of values of one hash")
     return keys
+
+
+def _comparisons(keys: Collection[Any]) -> int:
+    """How many it may take to look each of `keys` up in a table of them."""
+    counts = Counter(map(hash, keys))
+    return sum(counts[hash(key)] * _comparisons_of(key) for key in keys)
+
+
+def _comparisons_of(key: Any) -> int:
+    if type(key) is frozenset:
+        return _comparisons(key)
+    return sum(map(_comparisons_of, key)) + 1 if isinstance(key, tuple) else 1
+
+
+def _num_leaves(key: Any) -> int:
+    return sum(map(_num_leaves, key)) + 1 if isinstance(key, tuple | frozenset) else 1
 
 
 def _mapping(value: Any, depth: int) -> list[tuple[Any, Any]]:

@@ -13,8 +13,9 @@ import posixpath
 import re
 import struct
 import zipfile
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from ray_stateful.errors import HostileCheckpoint
 from ray_stateful.format.chunks import Box
 from ray_stateful.format.dtypes import ITEM_BYTES, dtype_name
 from ray_stateful.format.index import MAX_REPEATED_BYTES
-from ray_stateful.format.rows import MAX_DIMS, MAX_PATH_LENGTH, IntKey, KeyPath, StoredChunk
+from ray_stateful.format.rows import MAX_DIMS, MAX_PATH_LENGTH, MAX_POSITION, KeyPath, StoredChunk
 from ray_stateful.format.stock_item import HEAD_BYTES, data_position
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.dcp_metadata import StorageInfo, is_index
@@ -38,6 +39,9 @@ MAX_ENVELOPE_BYTES = 1 << 20
 MAX_VALUE_BYTES = 1 << 30
 # Of texts and containers that a value has more than once.
 MAX_SHARED_BYTES = 64 << 20
+
+# As a rule an item is a chunk; replicas that an old writer did not leave out are chunks and one item.
+_FREE_CHUNKS, _CHUNKS_OF_A_ROW = 1 << 18, 16
 
 _OF_ANY_SIZE = (torch.Tensor, dict, list, tuple, set, frozenset, str, bytes, bytearray)
 _MEMBER_HEADER_BYTES = 30
@@ -60,10 +64,21 @@ def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[Store
         raise HostileCheckpoint(where, "says nothing of where its items are")
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
     found: list[StoredChunk] = []
-    places: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
+    entries: dict[str, _Entry] = {}
+    num_chunks, most_chunks = 0, _FREE_CHUNKS + _CHUNKS_OF_A_ROW * len(stored)
     for item, info in stored.items():
         try:
-            found.append(_row(metadata, item, info, paths, places))
+            if not is_index(item) or type(info) is not StorageInfo:
+                raise TypeError("it is not the place of a chunk")
+            # Once for each entry and not for each chunk of it: that would take time that grows with their square.
+            if item.fqn not in entries:
+                described = metadata.state_dict_metadata[item.fqn]
+                # One list may stand for the chunks of each.
+                num_chunks += len(getattr(described, "chunks", ()))
+                if num_chunks > most_chunks:
+                    raise ValueError(f"more than {most_chunks:,} chunks for {len(stored):,} items")
+                entries[item.fqn] = _entry(item.fqn, described, paths.get(item.fqn))
+            found.append(_row(entries[item.fqn], item, info))
         # The types are DCP's; what is in their fields is anybody's.
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise HostileCheckpoint(where, f"an entry can't be read: {type(error).__name__}: {error}") from error
@@ -264,53 +279,57 @@ def _members_problem(members: list[zipfile.ZipInfo], num_bytes: int) -> str | No
     return None
 
 
-def _row(
-    metadata: Metadata,
-    item: Any,
-    info: Any,
-    paths: Mapping[Any, Any],
-    places: dict[str, dict[tuple[int, ...], tuple[int, ...]]],
-) -> StoredChunk:
-    if not is_index(item) or type(info) is not StorageInfo:
-        raise TypeError("it is not the place of a chunk")
-    if info.transform_descriptors:
-        raise TypeError(f"{item.fqn!r} is stored transformed, which is not supported")
-    key, entry = item.fqn, metadata.state_dict_metadata[item.fqn]
-    place = {
-        "key": key,
-        "path": _path(key, paths.get(key)),
-        "file": info.relative_path,
-        "item_offset": info.offset,
-        "item_length": info.length,
-        "data_offset": -1,
-        "block_bytes": 0,
-        "checksums": b"",
-    }
-    if isinstance(entry, BytesStorageMetadata):
-        return StoredChunk(dtype=None, shape=(), box=Box((), ()), **place)
-    if not isinstance(entry, TensorStorageMetadata):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """What the metadata says of all chunks of a key. `boxes` are in order."""
+
+    path: KeyPath
+    dtype: str | None = None
+    shape: tuple[int, ...] = ()
+    boxes: Sequence[Box] = ()
+
+    def box_at(self, offsets: tuple[int, ...]) -> Box:
+        """By no dict: places that have one hash are easily made."""
+        at = bisect_right(self.boxes, offsets, key=lambda box: box.offsets)
+        if at == 0 or self.boxes[at - 1].offsets != offsets:
+            raise LookupError("a chunk that the entry does not have")
+        return self.boxes[at - 1]
+
+
+def _entry(key: str, described: Any, path: Any) -> _Entry:
+    steps = _path(key, path)
+    if isinstance(described, BytesStorageMetadata):
+        return _Entry(path=steps)
+    if not isinstance(described, TensorStorageMetadata):
         raise TypeError(f"{key!r} is neither a tensor nor bytes")
-    shape, dtype = _ints(entry.size), entry.properties.dtype
+    shape, dtype = _ints(described.size), described.properties.dtype
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{key!r} has a {type(dtype).__name__} for a dtype")
-    offsets = _ints(item.offset) if item.offset is not None else (0,) * len(shape)
-    # Once for each entry and not for each chunk of it: that would take time that grows with their square.
-    if key not in places:
-        if any(size < 0 for size in shape) or math.prod(max(size, 1) for size in shape) * 16 > 2**62:
-            raise ValueError(f"shape {shape} of {key!r} is absurd")
-        boxes = [(_ints(c.offsets), _ints(c.sizes)) for c in entry.chunks]
-        # Before they are hashed: within a shape there are not enough places of one hash to be slow.
-        if any(
-            len(at) != len(shape) or any(not 0 <= o <= n for o, n in zip(at, shape, strict=True)) for at, _ in boxes
-        ):
-            raise ValueError(f"a chunk of {key!r} is outside of its shape {shape}")
-        places[key] = dict(boxes)
-    sizes = places[key]
+    if any(size < 0 for size in shape) or math.prod(max(size, 1) for size in shape) * 16 > 2**62:
+        raise ValueError(f"shape {shape} of {key!r} is absurd")
+    boxes = [Box(_ints(chunk.offsets), _ints(chunk.sizes)) for chunk in described.chunks]
+    if not all(_is_place(box.offsets, shape) for box in boxes):
+        raise ValueError(f"a chunk of {key!r} is outside of its shape {shape}")
+    boxes.sort(key=lambda box: box.offsets)
+    return _Entry(path=steps, dtype=dtype_name(dtype), shape=shape, boxes=boxes)
+
+
+def _row(entry: _Entry, item: Any, info: Any) -> StoredChunk:
+    if info.transform_descriptors:
+        raise TypeError(f"{item.fqn!r} is stored transformed, which is not supported")
+    offsets = _ints(item.offset) if item.offset is not None else (0,) * len(entry.shape)
     return StoredChunk(
-        dtype=dtype_name(dtype),
-        shape=shape,
-        box=Box(offsets, sizes[offsets]),
-        **place,
+        key=item.fqn,
+        path=entry.path,
+        dtype=entry.dtype,
+        shape=entry.shape,
+        box=Box((), ()) if entry.dtype is None else entry.box_at(offsets),
+        file=info.relative_path,
+        item_offset=info.offset,
+        item_length=info.length,
+        data_offset=-1,
+        block_bytes=0,
+        checksums=b"",
     )
 
 
@@ -327,15 +346,18 @@ def _ints(numbers: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _path(key: Any, path: Any) -> KeyPath:
+def _path(key: str, path: Any) -> KeyPath:
     """The path DCP's planner left; the key itself where there is none, or where it does not spell the key."""
-    steps = tuple(path) if isinstance(path, tuple | list) else ()
-    if not steps or any(type(s) not in (str, int, IntKey) for s in steps) or ".".join(map(str, steps)) != key:
+    steps = path if isinstance(path, tuple | list) else ()
+    # A path takes memory that grows with the square of its length, and stack. It is looked at before it is copied: one
+    # may stand for each entry.
+    if len(steps) > MAX_PATH_LENGTH or any(type(s) is int and not 0 <= s < MAX_POSITION for s in steps):
+        raise ValueError(f"the path of {key[:80]!r} has {len(steps)} steps, or a position out of bounds")
+    if not steps or any(type(step) not in (str, int) for step in steps):
         return (key,)
-    # A path takes memory that grows with the square of its length, and stack.
-    if len(steps) > MAX_PATH_LENGTH or any(type(s) is int and s < 0 for s in steps):
-        raise ValueError(f"the path of {key[:80]!r} has {len(steps)} steps, or a position before the first")
-    return steps
+    if sum(len(step) for step in steps if type(step) is str) > len(key) or ".".join(map(str, steps)) != key:
+        return (key,)
+    return tuple(steps)
 
 
 def _problem(row: StoredChunk, sizes: Mapping[str, int]) -> str | None:

@@ -14,23 +14,18 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ray_stateful import checkpoint
-from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed, StateMismatch, UnsupportedState
 from ray_stateful import checkpoint, listing
-from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, StateMismatch, UnsupportedState
+from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed, StateMismatch, UnsupportedState
 from ray_stateful.format import layout
+from ray_stateful.runs import DirectoryRun
 from ray_stateful.stateful_wrappers import ModelState
 from ray_stateful.states.loader import LoaderState
 from ray_stateful.storage.reader import CheckpointReader
 from ray_stateful.storage.uris import resolve
 from ray_stateful.storage.writer import CheckpointWriter
+from ray_stateful.testing import Fail, FaultyStorage, Hang
 from ray_stateful.verify import verify
 from tests.codes import Codes, FlatCodes
-from ray_stateful.runs import DirectoryRun
-from ray_stateful.storage.reader import CheckpointReader
-from ray_stateful.storage.uris import resolve
-from ray_stateful.storage.writer import CheckpointWriter
-from ray_stateful.testing import Fail, FaultyStorage, Hang
 from tests.part import Part
 
 # One process without a process group is what these tests are about.
@@ -350,6 +345,8 @@ def test_a_save_that_failed_says_why_in_time_also_where_what_it_wrote_can_not_be
     with pytest.raises(SaveFailed, match="No space left"):
         checkpoint.save({"thing": Part(torch.ones(3))}, step=1, run=run)
     assert "stays until orphans are collected" in caplog.text
+
+
 def test_a_part_saved_once_for_all_ranks_and_now_one_for_each_is_a_mismatch_and_not_damage_nor_is_the_reverse(tmp_path):
     """An older checkpoint that would fit is not taken for it without a word."""
     loader, run = Part({"pos": 1}), str(tmp_path)

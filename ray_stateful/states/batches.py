@@ -51,7 +51,8 @@ class GlobalBatchSampler:
     ```
 
     The state is the same on every rank and counts what was trained. The seed is part of it: a resumed run keeps the
-    checkpoint's. Batch statistics (BatchNorm, balancing of experts) see micro-batches, as they do with any sampler.
+    checkpoint's. Every rank gives the same seed and `micro_batch_size`, so that all have one order, and equally many
+    micro-batches. Batch statistics (BatchNorm, balancing of experts) see micro-batches, as they do with any sampler.
 
     Args:
         length: Samples in the dataset, at least one.
@@ -149,7 +150,8 @@ class GlobalBatchSampler:
 
         The loader is started at the first `next`, under a random seed of its own: (seed, epoch, position, rank). A
         DataLoader draws its workers' seeds from torch's global stream, so a run that is resumed in mid-epoch, and
-        starts it once more, would go on with other dropout masks than the run that was not interrupted.
+        starts it once more, would go on with other dropout masks than the run that was not interrupted. What its
+        workers draw (augmentation) is not saved, and differs after a resume in mid-epoch.
 
         Args:
             loader: Gives the data of `micro_batches()` in order: a DataLoader that has it as `batch_sampler`.

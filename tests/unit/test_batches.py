@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_stateful import checkpoint
+from ray_stateful.checkpointer import Checkpointer
 from ray_stateful.errors import StateMismatch
 from ray_stateful.format.values import decode, encode
 from ray_stateful.states.batches import GlobalBatchSampler
@@ -299,3 +300,31 @@ def test_integers_of_numpy_are_taken_as_those_of_python():
 
     assert run_steps([sampler], 3) == run_steps(world_of(1, seed=5), 3)
     assert not any(isinstance(value, np.generic) for value in sampler.state_dict().values())
+
+
+def test_what_is_done_before_the_last_step_of_an_epoch_is_done_once_wherever_the_run_is_killed(tmp_path):
+    """The loop of docs/loop.md."""
+
+    def train(run, num_epochs, killed_after=None):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+        batches = GlobalBatchSampler(43, global_batch_size=10, micro_batch_size=10)
+        state, trained = {"batches": batches, "scheduler": scheduler}, []
+        with Checkpointer(state, run=str(run), every_n_steps=1, at_end=False) as checkpointer:
+            checkpointer.restore()
+            while batches.epoch < num_epochs:
+                for batch in batches:
+                    optimizer.step()
+                    trained.append((batch.epoch, scheduler.get_last_lr()))
+                    if len(batches) == 1:
+                        scheduler.step()
+                    checkpointer.step()
+                    if checkpointer.step_count == killed_after:
+                        return trained
+        return trained
+
+    alone = train(tmp_path / "alone", 2)
+    assert alone == [(0, [1.0])] * 5 + [(1, [0.5])] * 5
+    for step in range(1, 11):
+        run = tmp_path / str(step)
+        assert train(run, 2, killed_after=step) + train(run, 2) == alone

@@ -18,13 +18,13 @@ from ray_stateful.wrappers.optimizer_keys import (
     PARAMS,
     STATE,
     ByName,
+    check_hyperparameters,
     flatten,
     leaves,
     nested,
     of_group,
 )
 from ray_stateful.wrappers.optimizer_start import gradients_set_aside, initial_state, is_stand_in
-from ray_stateful.wrappers.optimizer_values import check_hyperparameters
 from ray_stateful.wrappers.sharded_tensors import as_dtensor, into_sharded
 
 
@@ -37,6 +37,10 @@ class Fsdp1Optimizer:
         self._names: dict[str, frozenset[str]] = {}
         # Between `look` and `load`: torch hands out clones, and two moments are a lot of a device's memory.
         self._live: dict[str, Any] = {}
+
+    def members(self) -> list[list[str]]:
+        """The keys of the parameters of each group, as of the last `state_dict` or `look`."""
+        return self._groups
 
     @property
     def expected(self) -> dict[str, frozenset[str]]:

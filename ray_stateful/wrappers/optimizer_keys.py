@@ -8,8 +8,10 @@ Nothing is stored by group or by number, so parameters may be regrouped, reorder
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
+
+import torch
 
 STATE = "state"
 PARAM_GROUPS = "param_groups"
@@ -114,6 +116,33 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(name, {})
         inner[last] = value
     return root
+
+
+def check_hyperparameters(members: Sequence[str], hyper: ByName) -> None:
+    """Refuse hyperparameters that differ within one group.
+
+    Raises:
+        ValueError: names two parameters and their values.
+    """
+    first: dict[str, str] = {}
+    for key in members:
+        for name, value in hyper.get(key, {}).items():
+            other = first.setdefault(name, key)
+            if not equal(hyper[other][name], value):
+                one, two = (f"{PARAM_GROUPS}.{of}.{name}" for of in (other, key))
+                raise ValueError(
+                    f"{one!r} is {hyper[other][name]!r} and {two!r} is {value!r}, but both parameters are in one group "
+                    "here; keep them in groups of their own"
+                )
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two hyperparameters are the same: numbers, tensors, or several of them."""
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return bool(torch.equal(torch.as_tensor(one), torch.as_tensor(other)))
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return list(one) == list(other)
+    return bool(one == other)
 
 
 def judge(

@@ -84,7 +84,7 @@ class OptimizerState(StrictPart):
         """Load what `state_dict` returned, or the checkpoint's part of it; or torch's nested layout in `optim`.
 
         Raises:
-            ValueError: hyperparameters or shapes do not fit; nothing was loaded.
+            ValueError: hyperparameters, shapes or schedulers do not fit; nothing was loaded.
         """
         flat = optimizer_keys.flatten(state_dict.get("optim", {}))
         bound = self._bind()
@@ -92,8 +92,12 @@ class OptimizerState(StrictPart):
             if isinstance(optimizer, Fsdp1Optimizer):
                 optimizer.look()
         state, hyper = self._by_parameter(flat)
+        groups, sched = self._saved_groups(hyper), state_dict.get("sched") or {}
         for optimizer in bound:
             optimizer.check(state, hyper)
+        problems = schedulers.check(self.scheduler, sched, groups)
+        if problems:
+            raise ValueError("; ".join(problems))
         has_state = any(names for optimizer in bound for names in optimizer.expected.values())
         loaded = {key for optimizer in bound for key in optimizer.load(state, hyper)}
         trained = {key for optimizer in bound for key in optimizer.trained}
@@ -101,13 +105,16 @@ class OptimizerState(StrictPart):
         # SGD without momentum has none, here or there.
         fresh = trained - loaded if loaded or has_state else set()
         notes = [f"{optimizer_keys.some(fresh)} without optimizer state: fresh"] if fresh else []
-        notes += schedulers.load(self.scheduler, state_dict.get("sched") or {})
+        notes += schedulers.load(self.scheduler, sched, groups)
         self.notes = tuple(notes)
         for note in notes:
             _log.warning("optimizer: %s", note)
 
     def check_saved(self, saved: dict[str, Any]) -> tuple[str, ...]:
-        """Groups whose parameters bring different hyperparameters; those in tensors are compared when they are read."""
+        """Groups whose parameters bring different hyperparameters, and schedulers that are others.
+
+        Hyperparameters in tensors are compared when they are read.
+        """
         flat = optimizer_keys.flatten(saved.get("optim", {}))
         _, hyper = self._by_parameter(flat)
         problems: list[str] = []
@@ -116,6 +123,10 @@ class OptimizerState(StrictPart):
                 optimizer.check_groups(hyper)
             except ValueError as error:
                 problems.append(str(error))
+        sched, groups = saved.get("sched") or {}, self._saved_groups(hyper)
+        if schedulers.has_tensors([sched, groups]):
+            groups = [None] * len(groups)
+        problems += schedulers.check(self.scheduler, sched, groups)
         return tuple(problems)
 
     def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:
@@ -143,6 +154,15 @@ class OptimizerState(StrictPart):
     def _by_parameter(self, flat: dict[str, Any]) -> tuple[optimizer_keys.ByName, optimizer_keys.ByName]:
         # Once for all groups and optimizers, of which there may be one for each parameter.
         return optimizer_keys.by_parameter(flat, frozenset(key for bound in self._bound for key in bound.owned))
+
+    def _saved_groups(self, hyper: optimizer_keys.ByName) -> list[schedulers.Groups]:
+        """For each scheduler, what the checkpoint has of the groups of its optimizer."""
+        found: list[schedulers.Groups] = []
+        for scheduler in self.scheduler:
+            groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
+            members = next((bound.members() for bound in self._bound if bound.optimizer.param_groups is groups), None)
+            found.append(None if members is None else [optimizer_keys.of_group(keys, hyper) for keys in members])
+        return found
 
     def _bind(self) -> list[BoundOptimizer | Fsdp1Optimizer]:
         """The optimizers with the names that their parameters have now."""

@@ -22,6 +22,7 @@ from ray_stateful.wrappers.optimizer_keys import (
     PARAMS,
     STATE,
     ByName,
+    check_hyperparameters,
     leaves,
     nested,
     of_group,
@@ -52,6 +53,10 @@ class BoundOptimizer:
         """Every group with its parameters and their keys."""
         for group in self.optimizer.param_groups:
             yield group, [(self.keys[parameter], parameter) for parameter in group[PARAMS]]
+
+    def members(self) -> list[list[str]]:
+        """The keys of the parameters of each group."""
+        return [[key for key, _ in members] for _, members in self.groups()]
 
     @property
     def expected(self) -> dict[str, frozenset[str]]:
@@ -155,8 +160,8 @@ class BoundOptimizer:
 
     def check_groups(self, hyper: ByName) -> None:
         """Refuse hyperparameters that differ within a group: `ValueError`."""
-        for _, members in self.groups():
-            check_hyperparameters([key for key, _ in members], hyper)
+        for members in self.members():
+            check_hyperparameters(members, hyper)
 
     def check(self, state: ByName, hyper: ByName) -> None:
         """Refuse what is given by parameter, of this optimizer and others, before anything is touched.
@@ -254,24 +259,6 @@ _NOT_SHAPED = (
 )
 
 
-def check_hyperparameters(members: Sequence[str], hyper: ByName) -> None:
-    """Refuse hyperparameters that differ within one group.
-
-    Raises:
-        ValueError: names two parameters and their values.
-    """
-    first: dict[str, str] = {}
-    for key in members:
-        for name, value in hyper.get(key, {}).items():
-            other = first.setdefault(name, key)
-            if not _equal(hyper[other][name], value):
-                one, two = (f"{PARAM_GROUPS}.{of}.{name}" for of in (other, key))
-                raise ValueError(
-                    f"{one!r} is {hyper[other][name]!r} and {two!r} is {value!r}, but both parameters are in one group "
-                    "here; keep them in groups of their own"
-                )
-
-
 def bind(optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> dict[torch.Tensor, str]:
     """The name of each parameter of `optimizer`.
 
@@ -326,11 +313,3 @@ def _into(ours: Any, theirs: Any) -> Any:
         whole = theirs.to(ours.device)
         theirs = distribute_tensor(whole, ours.device_mesh, ours.placements, src_data_rank=None)
     return ours.copy_(theirs)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return bool(torch.equal(torch.as_tensor(one), torch.as_tensor(other)))
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return list(one) == list(other)
-    return bool(one == other)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from ray_stateful.wrappers.optimizer_keys import some
+from ray_stateful.wrappers.scheduler_groups import regrouped
+
+# Of each group of an optimizer, the hyperparameters that the checkpoint has.
+Groups: TypeAlias = Sequence[Mapping[str, Any]] | None
+
+# What SequentialLR and ChainedScheduler call those that they are made of.
+_INNER = "_schedulers"
 
 
 def collect(schedulers: Sequence[Any]) -> dict[str, Any]:
@@ -17,16 +25,97 @@ def collect(schedulers: Sequence[Any]) -> dict[str, Any]:
     return {str(index): _copied(scheduler.state_dict()) for index, scheduler in enumerate(schedulers)}
 
 
-def load(schedulers: Sequence[Any], state: Mapping[str, Any]) -> list[str]:
-    """Load what `state` has of each scheduler; what it lacks stays as built, and is noted."""
+def load(schedulers: Sequence[Any], state: Mapping[str, Any], groups: Sequence[Groups]) -> list[str]:
+    """Load what `state` has of each scheduler, after a `check`; what it lacks stays as built, and is noted.
+
+    Args:
+        groups: Of each scheduler's optimizer; see `regrouped`. None where it is not known.
+    """
     notes: list[str] = []
-    for index, scheduler in enumerate(schedulers):
-        given = state if len(schedulers) == 1 else state.get(str(index), {})
+    for scheduler, given, of in zip(schedulers, _each(schedulers, state), groups, strict=True):
         if not given:
             notes.append(f"{type(scheduler).__name__} is not in the checkpoint: starts as built")
             continue
-        scheduler.load_state_dict(_completed(scheduler.state_dict(), given))
+        ours = scheduler.state_dict()
+        if isinstance(scheduler, LRScheduler):
+            lacking, extra = _on_one_side(ours, given)
+            notes += _only_here(lacking) if lacking else []
+            notes += [f"of the scheduler, {some(extra)} is in the checkpoint, and not in a fresh one"] if extra else []
+        scheduler.load_state_dict(_completed(ours, given if of is None else _regrouped(ours, given, of)))
     return notes
+
+
+def check(schedulers: Sequence[Any], state: Mapping[str, Any], groups: Sequence[Groups]) -> list[str]:
+    """What keeps `state` from being loaded: another number of schedulers, another kind, groups that can't be told."""
+    num_saved = len(state) if _is_numbered(state) else 1
+    if schedulers and state and num_saved != len(schedulers):
+        return [
+            f"schedulers in the checkpoint: {num_saved}, and here: {len(schedulers)}; give OptimizerState those that "
+            "were saved, or none, and the schedule starts as built"
+        ]
+    problems: list[str] = []
+    for scheduler, given, of in zip(schedulers, _each(schedulers, state), groups, strict=True):
+        name, ours = type(scheduler).__name__, scheduler.state_dict()
+        if isinstance(scheduler, LRScheduler) and given:
+            problems += _other_kind(name, ours, given)
+        if of is not None and given and not problems:
+            try:
+                _regrouped(ours, given, of)
+            except ValueError as error:
+                problems.append(f"{name} {error}")
+    return problems
+
+
+def has_tensors(value: Any) -> bool:
+    """Whether there are tensors in `value`: rates that can't be compared before they are read."""
+    if isinstance(value, Mapping):
+        return any(map(has_tensors, value.values()))
+    return any(map(has_tensors, value)) if isinstance(value, (list, tuple)) else isinstance(value, torch.Tensor)
+
+
+def _is_numbered(state: Mapping[str, Any]) -> bool:
+    return all(str(name).isdigit() and isinstance(given, Mapping) for name, given in state.items())
+
+
+def _each(schedulers: Sequence[Any], state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if len(schedulers) == 1:
+        return [state]
+    return [state.get(str(index), {}) for index in range(len(schedulers))]
+
+
+def _on_one_side(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """What is only here and what is only there, but for what torch had and has not, and keeps to itself."""
+    here, there = ({name for name in side if not name.startswith("_") and name != "verbose"} for side in (ours, theirs))
+    return here - there, there - here
+
+
+def _other_kind(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    lacking, extra = _on_one_side(ours, theirs)
+    if lacking and extra:
+        return [
+            f"the scheduler in the checkpoint is of another kind than the {name} here: it has {some(extra)}, and no "
+            f"{some(lacking)}; build the one that was saved, or leave it out of OptimizerState"
+        ]
+    inner, saved = ours.get(_INNER, ()), theirs.get(_INNER, ())
+    if len(inner) != len(saved):
+        return [
+            f"{name} has {len(inner)} schedulers in it, and the one in the checkpoint has {len(saved)}: build the one "
+            "that was saved, or leave it out of OptimizerState"
+        ]
+    return [
+        problem
+        for number, pair in enumerate(zip(inner, saved, strict=True))
+        for problem in _other_kind(f"{name}[{number}]", *pair)
+    ]
+
+
+def _regrouped(ours: Mapping[str, Any], theirs: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Any:
+    """`regrouped`, also of the schedulers inside."""
+    found = regrouped(ours, theirs, groups)
+    if _INNER in ours and _INNER in found:
+        pairs = zip(ours[_INNER], found[_INNER], strict=True)
+        found[_INNER] = [_regrouped(mine, saved, groups) for mine, saved in pairs]
+    return found
 
 
 def judge(schedulers: Sequence[Any], missing: Iterable[str], unexpected: Iterable[str]) -> list[str]:
@@ -40,10 +129,14 @@ def judge(schedulers: Sequence[Any], missing: Iterable[str], unexpected: Iterabl
         if {key.partition(".")[0] for key in absent} >= own and not extra:
             notes.append("no scheduler in the checkpoint: starts as built, at the learning rate of the checkpoint")
         else:
-            notes.append(f"of the scheduler, {some(absent)} is not in the checkpoint: kept as built")
+            notes += _only_here(absent)
     if extra:
         notes.append(f"of the scheduler, {some(extra)} is in the checkpoint only: not loaded")
     return notes
+
+
+def _only_here(names: Iterable[str]) -> list[str]:
+    return [f"of the scheduler, {some(names)} is not in the checkpoint: kept as built"]
 
 
 def describe(schedulers: Sequence[Any]) -> list[str]:

@@ -1,0 +1,82 @@
+"""The lists of a scheduler that have an entry for each group of its optimizer, in the order of the groups here. Pure.
+
+They are stored by number, and parameters by name: with the groups in another order, or with one of them divided, each
+learning rate would go to whichever group has its number. Which entry is whose is told by the rates that are stored
+beside it with every parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray_stateful.wrappers.optimizer_keys import equal
+
+# By name: milestones, or the schedulers inside one, may be as many as there are groups.
+_BY_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "lr_lambdas")
+# Lists that say whose entry it is: by this hyperparameter of the group.
+_RATES = {"base_lrs": "initial_lr", "_last_lr": "lr"}
+
+
+def regrouped(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The saved state `theirs`, its lists in the order of the groups of here; as it is, where that is their order.
+
+    Args:
+        ours: The state of the scheduler here; it says what a group has whose parameters are all new.
+        groups: The saved hyperparameters of each group of here; empty if all of its parameters are new.
+
+    Raises:
+        ValueError: it can't be told which entry is of which group.
+    """
+    lists = {name: theirs[name] for name in _BY_GROUP if isinstance(theirs.get(name), (list, tuple))}
+    lengths = {len(values) for values in lists.values()}
+    if len(lengths) != 1:
+        return dict(theirs)
+    (num_saved,) = lengths
+    told = _told(lists, groups)
+    found = [_entries(num_saved, told, saved) for saved in groups]
+    if num_saved == len(groups) and all(not of or number in of for number, of in enumerate(found)):
+        return dict(theirs)
+    arranged = {
+        name: [_entry(values, of, ours.get(name, ()), number) for number, of in enumerate(found)]
+        for name, values in lists.items()
+    }
+    return {**theirs, **arranged}
+
+
+def _told(
+    lists: Mapping[str, Sequence[Any]], groups: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, dict[float, set[int]]]]:
+    """The rates that tell one group from another, each with the numbers of the entries that have a value."""
+    told: list[tuple[str, dict[float, set[int]]]] = []
+    for name, rate in _RATES.items():
+        numbers: dict[float, set[int]] = {}
+        for number, value in enumerate(lists.get(name, ())):
+            numbers.setdefault(float(value), set()).add(number)
+        wanted = [saved.get(rate) for saved in groups if saved]
+        # What was set by hand, or by another scheduler of the same optimizer, tells nothing.
+        if all(value is not None and float(value) in numbers for value in wanted):
+            told.append((rate, numbers))
+    return told
+
+
+def _entries(
+    num_saved: int, told: Sequence[tuple[str, Mapping[float, set[int]]]], saved: Mapping[str, Any]
+) -> set[int]:
+    """The numbers of the entries that may be those of a group; none if it is new."""
+    found = set(range(num_saved)) if saved else set()
+    for rate, numbers in told if saved else ():
+        found = found & numbers[float(saved[rate])] or found
+    return found
+
+
+def _entry(values: Sequence[Any], found: set[int], ours: Sequence[Any], number: int) -> Any:
+    candidates = [values[entry] for entry in sorted(found)] or list(ours[number : number + 1])
+    if not candidates or any(not equal(candidates[0], other) for other in candidates):
+        raise ValueError(
+            "has lists by number of the group, and the groups here are others than those that were saved: group the "
+            "parameters as they were, or leave the scheduler out of OptimizerState"
+        )
+    return candidates[0]

@@ -1,0 +1,192 @@
+"""Schedulers of OptimizerState, where groups or schedulers are others than those that were saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from ray_stateful import checkpoint
+from ray_stateful.errors import StateMismatch
+from ray_stateful.stateful_wrappers import ModelState, OptimizerState
+from tests.ranks.wrapper_models import assert_same, leaves
+
+RATES = {"body": 0.01, "neck": 0.02, "head": 0.1}
+ORDERS = [["body", "neck", "head"], ["head", "body", "neck"]]
+
+
+class Model(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.neck, self.head, self.extra = (nn.Linear(3, 3) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.neck(self.body(x)))
+
+
+def plateau(optimizer: torch.optim.Optimizer, order: list[str]) -> lr_scheduler.LRScheduler:
+    floors = {"body": 0.004, "neck": 0.0, "head": 0.07}
+    return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, min_lr=[floors[name] for name in order])
+
+
+def cyclic(optimizer: torch.optim.Optimizer, order: list[str]) -> lr_scheduler.LRScheduler:
+    base = [RATES[name] for name in order]
+    return lr_scheduler.CyclicLR(optimizer, base, [9 * rate for rate in base], step_size_up=4, cycle_momentum=False)
+
+
+def in_turn(optimizer: torch.optim.Optimizer, order: list[str]) -> lr_scheduler.LRScheduler:
+    # As many schedulers, and milestones but for one, as there are groups.
+    parts: list[Any] = [
+        lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2),
+        lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        lr_scheduler.ExponentialLR(optimizer, 0.9),
+    ]
+    return lr_scheduler.SequentialLR(optimizer, parts, [2, 5])
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda optimizer, order: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "OneCycleLR": lambda optimizer, order: lr_scheduler.OneCycleLR(optimizer, [RATES[n] for n in order], 20),
+    "ReduceLROnPlateau": plateau,
+    "CyclicLR": cyclic,
+    "SequentialLR": in_turn,
+}
+
+
+def build(seed: int, order: list[str], make: Any) -> tuple[Model, torch.optim.Optimizer, Any]:
+    model = Model(seed)
+    groups = [{"params": list(getattr(model, name).parameters()), "lr": RATES[name]} for name in order]
+    optimizer = torch.optim.AdamW(groups)
+    return model, optimizer, make(optimizer, order)
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
+    return {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer, scheduler)}
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    loss = model(torch.ones(2, 3)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    scheduler.step(*([1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
+
+
+def rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_each_group_keeps_its_own_schedule_when_the_groups_are_in_another_order(name, tmp_path):
+    saved, fresh = (build(seed, order, SCHEDULERS[name]) for seed, order in enumerate(ORDERS))
+    for _ in range(3):
+        train(*saved)
+    checkpoint.save(state_of(*saved), step=3, run=str(tmp_path))
+    checkpoint.restore(state_of(*fresh), run=str(tmp_path))
+    for _ in range(6):
+        assert rates(*fresh[:2]) == rates(*saved[:2])
+        for objects in (saved, fresh):
+            train(*objects)
+    assert_same(leaves(fresh[0].state_dict()), leaves(saved[0].state_dict()))
+
+
+def test_a_group_that_is_divided_and_one_that_is_new_have_the_schedules_that_are_theirs(tmp_path):
+    make = SCHEDULERS["LambdaLR"]
+    saved = build(1, ["body", "head"], make)
+    for _ in range(3):
+        train(*saved)
+    model = Model(2)
+    groups = [[*model.extra.parameters()], [model.head.bias], [model.head.weight], [*model.body.parameters()]]
+    optimizer = torch.optim.AdamW([{"params": group, "lr": 7.0} for group in groups])
+    fresh = model, optimizer, make(optimizer, [])
+    checkpoint.save(state_of(*saved), step=3, run=str(tmp_path))
+    checkpoint.restore({"optimizer": OptimizerState(*fresh)}, run=str(tmp_path))
+    assert fresh[2].base_lrs == [7.0, 0.1, 0.1, 0.01]
+    for objects in (saved, fresh):
+        train(*objects)
+    found = rates(*fresh[:2])
+    assert {name: found[name] for name in rates(*saved[:2])} == rates(*saved[:2])
+    assert found["extra.weight"] == 7.0 * (1 / 5)
+
+
+def refusal(saved: Any, fresh: Any, directory: Any) -> str:
+    """What the restore is refused with; nothing may have been loaded."""
+    checkpoint.save(state_of(*saved), step=3, run=str(directory))
+    before = {name: value.clone() for name, value in fresh[0].state_dict().items()}
+    with pytest.raises(StateMismatch) as caught:
+        checkpoint.restore(state_of(*fresh), run=str(directory))
+    assert_same(dict(fresh[0].state_dict()), before)
+    given, part = OptimizerState(*saved).state_dict(), OptimizerState(*fresh)
+    with pytest.raises(ValueError, match=r"group|scheduler"):
+        part.load_state_dict(given)
+    assert not fresh[1].state
+    return str(caught.value)
+
+
+def test_groups_that_can_not_be_told_from_each_other_are_refused_before_anything_is_loaded(tmp_path):
+    def floors(optimizer: torch.optim.Optimizer, order: list[str]) -> Any:
+        return lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=[number / 1000 for number, _ in enumerate(order)])
+
+    saved = build(1, ["body", "head"], floors)
+    for group in saved[1].param_groups:
+        group["lr"] = 0.1
+    train(*saved)
+    text = refusal(saved, build(2, ["neck", "body", "head"], floors), tmp_path)
+    assert "ReduceLROnPlateau has lists by number of the group" in text
+
+
+KINDS = {
+    "is of another kind than the ExponentialLR here: it has T_max, eta_min, and no gamma": (
+        lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 9),
+        lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9),
+    ),
+    "schedulers in the checkpoint: 2, and here: 1": (
+        lambda optimizer: [lr_scheduler.ExponentialLR(optimizer, 0.9) for _ in range(2)],
+        lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9),
+    ),
+    "schedulers in the checkpoint: 1, and here: 2": (
+        lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9),
+        lambda optimizer: [lr_scheduler.ExponentialLR(optimizer, 0.9) for _ in range(2)],
+    ),
+    "ChainedScheduler has 1 schedulers in it, and the one in the checkpoint has 2": (
+        lambda optimizer: lr_scheduler.ChainedScheduler(
+            [lr_scheduler.ExponentialLR(optimizer, 0.9) for _ in range(2)], optimizer
+        ),
+        lambda optimizer: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(optimizer, 0.9)], optimizer),
+    ),
+    "is of another kind than the ChainedScheduler[0] here": (
+        lambda optimizer: lr_scheduler.ChainedScheduler([lr_scheduler.StepLR(optimizer, 9)], optimizer),
+        lambda optimizer: lr_scheduler.ChainedScheduler([lr_scheduler.CosineAnnealingLR(optimizer, 9)], optimizer),
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", KINDS)
+def test_schedulers_that_are_others_are_refused_before_anything_is_loaded(problem, tmp_path):
+    saved, fresh = (build(1, ["body"], lambda optimizer, order, make=make: make(optimizer)) for make in KINDS[problem])
+    assert problem in refusal(saved, fresh, tmp_path)
+
+
+def test_what_a_scheduler_of_another_kind_has_more_is_said(tmp_path):
+    saved = build(1, ["body"], lambda optimizer, order: lr_scheduler.StepLR(optimizer, 9))
+    fresh = build(2, ["body"], lambda optimizer, order: lr_scheduler.ExponentialLR(optimizer, 0.9))
+    checkpoint.save(state_of(*saved), step=3, run=str(tmp_path))
+    report = checkpoint.restore(state_of(*fresh), run=str(tmp_path))
+    assert "of the scheduler, step_size is in the checkpoint, and not in a fresh one" in str(report)
+
+
+def test_what_torch_no_longer_keeps_in_a_scheduler_does_not_make_it_another_one():
+    model, optimizer, scheduler = build(1, ["body"], plateau)
+    state = OptimizerState(model, optimizer, scheduler).state_dict()
+    # As torch 2.5 wrote it.
+    state["sched"] = {name: value for name, value in state["sched"].items() if name != "default_min_lr"}
+    state["sched"] |= {"verbose": False, "num_bad_epochs": 4}
+    part = OptimizerState(model, optimizer, scheduler)
+    part.load_state_dict(state)
+    assert scheduler.num_bad_epochs == 4
+    assert any("default_min_lr is not in the checkpoint: kept as built" in note for note in part.notes)

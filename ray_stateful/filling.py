@@ -29,7 +29,7 @@ class Filled:
     """What will be handed to one part: its value, and the tensors in it that storage fills.
 
     `tensors` and `sources` have the same keys: the tensor to fill, and the key of the checkpoint it is read from.
-    `changes` is what the part said will not be as it was saved.
+    `changes` is what the part said will not be as it was saved. `is_partial`: not everything of the part is loaded.
     """
 
     part: Any
@@ -38,6 +38,7 @@ class Filled:
     sources: Mapping[str, str]
     notes: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    is_partial: bool = False
 
 
 class EveryRank(dict[int, Any]):
@@ -65,7 +66,7 @@ def fill_strict(
             value = put(value, mappings[key][1:], value_of(run.storage, opened.path, chunk))
         else:
             tensors[key] = flat[key]
-    return Filled(part, value, tensors, {key: match.sources[key] for key in tensors}, match.notes)
+    return Filled(part, value, tensors, {key: match.sources[key] for key in tensors}, match.notes, match.is_partial)
 
 
 def fill(part: Any, prefix: KeyPath, flat: Mapping[str, Any], run: Run, opened: OpenCheckpoint) -> Filled:

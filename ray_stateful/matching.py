@@ -22,7 +22,7 @@ class Match:
 
     `problems` forbid loading, `notes` go to the resume report. `sources` are the keys of this rank to load, each
     with the key of the checkpoint it is read from; `absent` are those to leave out. `trees` are the keys of containers
-    that are taken whole.
+    that are taken whole. `is_partial` says that not everything is loaded, here or there.
     """
 
     problems: tuple[str, ...]
@@ -30,6 +30,7 @@ class Match:
     sources: Mapping[str, str]
     absent: frozenset[str]
     trees: tuple[str, ...]
+    is_partial: bool
 
 
 def match_strict(
@@ -61,7 +62,7 @@ def match_strict(
     judged = part.reconcile(_without(prefix, missing), _without(prefix, unexpected))
     instead = {prefix + key: prefix + source for key, source in judged.instead.items()}
     sources = {key: instead.get(key, key) for key in flat if key in loose and (key in stored or key in instead)}
-    problems, notes = list(judged.problems), list(judged.notes)
+    problems, notes, is_partial = list(judged.problems), list(judged.notes), judged.is_partial
     problems += [
         f"{key.removeprefix(prefix)}: a tensor here, part of another value in the checkpoint"
         for key in flat
@@ -80,6 +81,7 @@ def match_strict(
             # Transformer Engine's: of a size, and present, as it pleases.
             notes.append(f"{key.removeprefix(prefix)} is left alone: {difference}")
             del sources[key]
+            is_partial = True
         else:
             problems.append(f"{key.removeprefix(prefix)}: {difference}")
     notes += [f"cast from {cast}: {number} tensors" for cast, number in sorted(casts.items())]
@@ -89,6 +91,7 @@ def match_strict(
         sources=sources,
         absent=frozenset(key for key in flat if key in loose and key not in sources),
         trees=tuple(trees),
+        is_partial=is_partial,
     )
 
 

@@ -38,16 +38,23 @@ def complete(
         details.append(f"read {size(read.bytes_read)}, {amplification:.2f}x of what this world needs")
         details.append("verified" if opened.manifest else "unverified")
     describe = getattr(filled.part, "describe", None)
+    said: list[str] = []
     if describe is not None and not how:
         details.append(describe())
-    return replace(foreseen, details=(*details, *filled.notes))
+        said = details[-1].split("; ")
+    # What a part found out when it was asked, it may find out again when it is loaded.
+    return replace(foreseen, details=(*details, *(note for note in filled.notes if note not in said)))
 
 
 def _foreseen(name: str, filled: Filled, world: World, opened: OpenCheckpoint, initial: bool) -> PartReport:
     if isinstance(filled.value, EveryRank):
         outcome = filled.part.resized_as
+    elif initial:
+        outcome = INITIAL
+    elif filled.is_partial:
+        outcome = "partial"
     else:
-        outcome = INITIAL if initial else "changed" if filled.changes else "exact"
+        outcome = "changed" if filled.changes else "exact"
     resharded = world.resized and _is_sharded(filled, opened)
     details = (f"resharded {world.saved_world_size} -> {world.world_size}",) if resharded else ()
     return PartReport(name=name, outcome=outcome, details=(*details, *filled.changes))

@@ -13,7 +13,7 @@ from ray_stateful.storage.reading import ReadStatistics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartReport:
-    """What became of one part: one word (exact, changed, re-seeded, ...) and what there is to say about it."""
+    """What became of one part: one word (exact, partial, changed, re-seeded ...) and what there is to say about it."""
 
     name: str
     outcome: str

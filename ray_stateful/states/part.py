@@ -32,12 +32,14 @@ class Reconciled:
     """What a strict part says about the keys that are on one side only.
 
     `problems` are fatal, one line a key; `notes` go to the resume report. `instead` maps a missing key to the key of
-    the checkpoint that is read into it.
+    the checkpoint that is read into it. `is_partial` says that something here stays as built, or something of the
+    checkpoint is not loaded: the report does not call the part exact.
     """
 
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     instead: Mapping[str, str] = field(default_factory=dict)
+    is_partial: bool = False
 
 
 class StrictPart(ABC):

@@ -149,7 +149,8 @@ class ModelState(StrictPart):
         notes = [f"{key} is taken from {source}" for key, source in sorted(taken.items())]
         notes += [f"{len(renamed)} names are of a wrapped model, {min(renamed.values())} say"] if renamed else []
         notes += [f"{name} is left out on request: kept as built" for name in skipped]
-        return Reconciled(problems=judged.problems, notes=(*judged.notes, *notes), instead=found)
+        is_partial = bool(missing - solved or extra or skipped)
+        return Reconciled(problems=judged.problems, notes=(*judged.notes, *notes), instead=found, is_partial=is_partial)
 
     def describe(self) -> str:
         """One line for the resume report: how much there is, and what the last load did not do to the letter."""

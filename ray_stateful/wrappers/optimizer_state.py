@@ -141,7 +141,9 @@ class OptimizerState(StrictPart):
         notes += schedulers.judge(self.scheduler, _under("sched", missing), _under("sched", unexpected))
         if not self.strict:
             problems, notes = [], problems + notes
-        return Reconciled(problems=tuple(problems), notes=tuple(notes))
+        # A parameter without state in the checkpoint had none, and has none after.
+        is_partial = bool(unexpected) or any(not key.startswith("optim.state.") for key in missing)
+        return Reconciled(problems=tuple(problems), notes=tuple(notes), is_partial=is_partial)
 
     def describe(self) -> str:
         """One line for the resume report: `AdamW, 2 groups; scheduler LambdaLR at step 1200`."""

@@ -181,3 +181,42 @@ def test_a_hyperparameter_in_a_dict_that_is_not_in_the_checkpoint_stays_as_it_is
     checkpoint.restore(state_of(fresh, two), run=str(tmp_path))
 
     assert [group["clip"] for group in two.param_groups] == [{"norm": 1.0}, {"norm": 0.1}]
+
+
+def outcomes(report):
+    return {part.name: part.outcome for part in report.parts}
+
+
+def test_a_part_of_which_nothing_or_not_all_is_loaded_is_not_called_exact(tmp_path):
+    saved = trained(Model())
+    checkpoint.save(state_of(*saved), step=2, run=str(tmp_path))
+    more, none = Model(extra=True), nn.ModuleDict({"other": nn.Linear(4, 4)})
+    frozen, trains = Model(), Model()
+    frozen.body.requires_grad_(False)
+    parts = {
+        "more": {"model": ModelState(more, strict=False)},
+        "none": {"model": ModelState(none, strict=False)},
+        "another optimizer": {"optimizer": OptimizerState(trains, torch.optim.SGD(trains.parameters()), strict=False)},
+        "no scheduler": {"optimizer": OptimizerState(trains, torch.optim.AdamW(trains.parameters()))},
+        "frozen": {"optimizer": OptimizerState(frozen, torch.optim.AdamW(frozen.parameters()), saved[2])},
+    }
+
+    reports = {case: checkpoint.restore(state, run=str(tmp_path)) for case, state in parts.items()}
+
+    assert {case: [*outcomes(report).values()] for case, report in reports.items()} == {
+        case: ["partial"] for case in parts
+    }
+    assert str(reports["more"]).count("more.weight is not in the checkpoint") == 1
+
+
+def test_what_had_no_gradient_had_no_state_and_is_exact_without(tmp_path):
+    models = [Model(extra=True) for _ in range(2)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.5) for m in models]
+    models[0](torch.tensor([[1, 2]])).sum().backward()
+    optimizers[0].step()
+    checkpoint.save(state_of(models[0], optimizers[0]), step=1, run=str(tmp_path))
+
+    report = checkpoint.restore(state_of(models[1], optimizers[1]), run=str(tmp_path))
+
+    assert outcomes(report) == {"model": "exact", "optimizer": "exact"}
+    assert models[1].more.weight not in optimizers[1].state

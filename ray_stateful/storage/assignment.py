@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, Wri
 
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.format.dtypes import ITEM_BYTES, dtype_name
+from ray_stateful.format.rows import KeyPath
 
 # Tensors that are no shards, such as an optimizer's step counters, are small up to this size. Whichever rank writes one
 # has little to write; and they lie together in its files, as one rank reads them for all.
@@ -30,21 +31,51 @@ class ValueWriteData(BytesIOWriteData):
     xxh3: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class ListingPlan(SavePlan):
+    """A plan with the lengths of the lists in which tensors are, by key: items have their positions, and no length."""
+
+    lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def lengths_of(paths: Iterable[KeyPath]) -> dict[str, int]:
+    """The lengths of the lists that `paths` lead through, by key."""
+    lengths: dict[str, int] = {}
+    for path in paths:
+        for depth, step in enumerate(path):
+            if type(step) is int:
+                key = ".".join(map(str, path[:depth]))
+                lengths[key] = max(lengths.get(key, 0), step + 1)
+    return lengths
+
+
 def assign(all_plans: Sequence[SavePlan]) -> list[SavePlan]:
     """Leave each entry that several ranks hold with one of them: the one with the fewest bytes to write.
 
     Raises:
-        UnsupportedState: a value is not the same on all ranks that have it.
+        UnsupportedState: an entry is not the same on all ranks that have it: as a value, or by shape or dtype.
     """
+    _refuse_different_lengths(all_plans)
+    # By key alone: chunks that lie apart may be of tensors that are not one.
+    of_key: dict[str, tuple[int, WriteItem]] = {}
     first: dict[MetadataIndex, tuple[int, WriteItem]] = {}
     # Of entries that several ranks have: of a model's shards mostly none, and there are many.
     holders: dict[MetadataIndex, list[int]] = {}
     for rank, plan in enumerate(all_plans):
         for item in plan.items:
             mine = (rank, item)
+            # In line, as there are millions.
+            known, data = of_key.setdefault(item.index.fqn, mine)[1].tensor_data, item.tensor_data
+            if data is not known and (
+                data is None
+                or known is None
+                or data.size != known.size
+                or data.properties.dtype is not known.properties.dtype
+            ):
+                raise _different(of_key[item.index.fqn], mine)
             earliest = first.setdefault(item.index, mine)
             if earliest is not mine:
-                _refuse_different_values(*earliest, item, rank)
+                _refuse_different_values(earliest, mine)
                 holders.setdefault(item.index, [earliest[0]]).append(rank)
     if not holders:
         return list(all_plans)
@@ -112,11 +143,39 @@ def item_bytes(item: WriteItem) -> int:
     return math.prod(item.tensor_data.chunk.sizes) * ITEM_BYTES[dtype_name(item.tensor_data.properties.dtype)]
 
 
-def _refuse_different_values(first_rank: int, first: WriteItem, other: WriteItem, rank: int) -> None:
-    mine, theirs = other.bytes_io_data, first.bytes_io_data
+def _refuse_different_values(first: tuple[int, WriteItem], other: tuple[int, WriteItem]) -> None:
+    mine, theirs = other[1].bytes_io_data, first[1].bytes_io_data
     if isinstance(mine, ValueWriteData) and isinstance(theirs, ValueWriteData) and mine.xxh3 != theirs.xxh3:
-        raise UnsupportedState(
-            first.index.fqn,
-            f"a value that is one thing on rank {first_rank} and another on rank {rank}",
-            "derive the part from ray_stateful.states.part.RankPart, which has one value per rank",
-        )
+        found = f"a value that is one thing on rank {first[0]} and another on rank {other[0]}"
+        raise _of_no_rank(first[1].index.fqn, found)
+
+
+def _refuse_different_lengths(plans: Sequence[SavePlan]) -> None:
+    first: dict[str, tuple[int, int]] = {}
+    for rank, plan in enumerate(plans):
+        for key, length in plan.lengths.items() if isinstance(plan, ListingPlan) else ():
+            earliest, expected = first.setdefault(key, (rank, length))
+            if length != expected:
+                # One of them would come back with entries of the other.
+                raise _of_no_rank(key, f"a list of {expected} on rank {earliest} and of {length} on rank {rank}")
+
+
+def _different(first: tuple[int, WriteItem], other: tuple[int, WriteItem]) -> UnsupportedState:
+    (rank, item), (other_rank, other_item) = first, other
+    found = f"{_kind(item)} on rank {rank} and {_kind(other_item)} on rank {other_rank}"
+    return _of_no_rank(item.index.fqn, found)
+
+
+def _kind(item: WriteItem) -> str:
+    data = item.tensor_data
+    if data is None:
+        return "a value"
+    return f"a tensor of shape {tuple(data.size)} and dtype {dtype_name(data.properties.dtype)}"
+
+
+def _of_no_rank(key: str, found: str) -> UnsupportedState:
+    return UnsupportedState(
+        key,
+        found,
+        "make it the same, or derive the part from ray_stateful.states.part.RankPart, which has one value per rank",
+    )

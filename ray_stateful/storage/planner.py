@@ -29,7 +29,7 @@ from ray_stateful.format.chunks import Box, coverage_problems
 from ray_stateful.format.dtypes import ITEM_BYTES, dtype_name
 from ray_stateful.format.layout import is_of_one_rank
 from ray_stateful.format.rows import KeyPath
-from ray_stateful.storage.assignment import SMALL_BYTES, ValueWriteData, assign
+from ray_stateful.storage.assignment import SMALL_BYTES, ListingPlan, ValueWriteData, assign, lengths_of
 from ray_stateful.storage.staging import StagedTensors, Staging
 from ray_stateful.storage.structure import flatten, is_tensor, refuse_wrapper, two_of
 
@@ -46,6 +46,7 @@ class BalancedSavePlanner(DefaultSavePlanner):
         super().__init__(flatten_sharded_tensors=False)
         self.encoded: dict[str, str] = {}
         self.trees: dict[KeyPath, str] = {}
+        self._paths: dict[str, KeyPath] = {}
         self.staged: StagedTensors | None = None
 
     def set_up_planner(
@@ -57,6 +58,7 @@ class BalancedSavePlanner(DefaultSavePlanner):
             UnsupportedState: an entry can't be stored; names its key.
         """
         paths, leaves, trees = flatten(state_dict)
+        self._paths = paths
         # DCP has an entry for each leaf of a tree as well; all else is flattened by now, as it would do it.
         super().set_up_planner(trees, storage_meta, is_coordinator)
         for key in self.state_dict.keys() & leaves.keys():
@@ -100,7 +102,8 @@ class BalancedSavePlanner(DefaultSavePlanner):
         """This rank's chunks and values."""
         plan = super().create_local_plan()
         items = [self._with_checksum(item) for item in plan.items if not _is_empty_shard(item)]
-        self.plan = dataclasses.replace(plan, items=items)
+        # DCP makes others of it by `replace` alone, which keeps the lengths.
+        self.plan = ListingPlan(items, planner_data=plan.planner_data, lengths=lengths_of(self._paths.values()))
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -109,7 +112,7 @@ class BalancedSavePlanner(DefaultSavePlanner):
         A plan has items of the rank's own plan, the very same objects, in the same order.
 
         Raises:
-            UnsupportedState: ranks disagree on a value.
+            UnsupportedState: ranks disagree on an entry.
             ValueError: the planned chunks do not cover some tensor exactly.
         """
         # An item's place among the chunks of its tensor is a hint that nobody needs, and a new item for each.

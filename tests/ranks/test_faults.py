@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ray_stateful import checkpoint
 from ray_stateful.errors import (
@@ -25,6 +25,7 @@ from ray_stateful.states.part import Reconciled, StrictPart
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import Fail, FaultyStorage, Flip, Truncate, run_ranks
+from tests.part import Part
 
 WORLD = 3
 
@@ -234,6 +235,64 @@ def test_a_value_that_differs_between_ranks_is_refused_by_name_instead_of_keepin
     assert [SaveFailed] * 2 == [type(outcome) for outcome in outcomes]
     assert all("part.seen" in str(outcome) for outcome in outcomes)
     assert list(Path(tmp_path).iterdir()) == []
+
+
+UNLIKE = {
+    "a shape": lambda rank: {"seen": torch.zeros(3 + rank)},
+    "a number of dims": lambda rank: {"seen": torch.zeros([2] * (1 + rank))},
+    "a dtype": lambda rank: {"seen": torch.zeros(2, dtype=[torch.float64, torch.float16][rank])},
+    "a large tensor's dtype": lambda rank: {"seen": torch.zeros(9000, dtype=[torch.float64, torch.float16][rank])},
+    "a shard's shape": lambda rank: {
+        "seen": DTensor.from_local(
+            torch.zeros(2 + 2 * rank, 2),
+            init_device_mesh("cpu", (2,)),
+            [Shard(0)],
+            shape=(4 + 4 * rank, 2),
+            stride=(2, 1),
+        )
+    },
+    "a tensor and none": lambda rank: {"seen": torch.zeros(2) if rank else 5, "t": torch.zeros(1)},
+    "a list's length": lambda rank: {"seen": [torch.zeros(9000)] * (1 + rank)},
+    "a list's length, in small": lambda rank: {"seen": [torch.zeros(1), *[None] * rank]},
+}
+
+
+def save_unlike(root):
+    errors = {}
+    for name, value_on in UNLIKE.items():
+        try:
+            checkpoint.save({"part": Part(value_on(dist.get_rank()))}, step=1, run=root, timeout_s=20)
+        except CheckpointError as error:
+            errors[name] = error
+    return errors
+
+
+def test_one_key_for_different_things_on_two_ranks_is_refused_by_name_and_nothing_is_written(tmp_path):
+    for errors in run_ranks(2, save_unlike, str(tmp_path)):
+        assert errors.keys() == UNLIKE.keys()
+        for name, error in errors.items():
+            assert type(error) is SaveFailed
+            assert "UnsupportedState: part.seen: " in str(error), name
+            assert "on rank 0 and" in str(error), name
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+def save_alike(root):
+    """What some ranks have and others have not, or less of: under names of their own."""
+    rank = dist.get_rank()
+    value = {
+        "all": [torch.zeros(1), 3, torch.zeros(9000)],
+        "some": {"t": torch.ones(2)} if rank else {},
+        "own": {f"r{rank}": torch.ones(1)},
+    }
+    checkpoint.save({"part": Part(value)}, step=1, run=root, timeout_s=20)
+    fresh = Part()
+    checkpoint.restore({"part": fresh}, run=root, timeout_s=20)
+    return len(fresh.value["all"]), len(fresh.value["some"]), sorted(fresh.value["own"])
+
+
+def test_what_only_some_ranks_have_is_no_difference(tmp_path):
+    assert run_ranks(2, save_alike, str(tmp_path)) == [(3, 1, ["r0", "r1"])] * 2
 
 
 def save_different_steps(root):

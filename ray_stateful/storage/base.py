@@ -54,7 +54,11 @@ class Storage(Protocol):
         ...
 
     def directories(self, path: str) -> list[str]:
-        """The names of the directories directly in `path`, sorted. Empty if there is no such directory."""
+        """The names of the directories directly in `path`, sorted. Empty if there is no such directory.
+
+        Raises:
+            NotADirectoryError: it is a file, where the storage can tell.
+        """
         ...
 
     def delete(self, path: str) -> None:

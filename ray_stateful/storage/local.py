@@ -71,16 +71,20 @@ class LocalStorage:
 
     def sizes(self, path: str) -> dict[str, int]:
         sizes = {}
-        for entry in self._entries(path):
-            # A file that goes between being listed and being looked at is not there; nor is a dangling link.
-            with suppress(FileNotFoundError):
-                # Nor is a link: it leads out of the directory.
-                if entry.is_file(follow_symlinks=False):
-                    sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for entry in self._entries(path):
+                # A file that goes between being listed and being looked at is not there; nor is a dangling link.
+                with suppress(FileNotFoundError):
+                    # Nor is a link: it leads out of the directory.
+                    if entry.is_file(follow_symlinks=False):
+                        sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
         return sizes
 
     def directories(self, path: str) -> list[str]:
-        return sorted(entry.name for entry in self._entries(path) if entry.is_dir())
+        with suppress(FileNotFoundError):
+            # A file is an error, and no directory without directories: a run in it would begin from scratch.
+            return sorted(entry.name for entry in self._entries(path) if entry.is_dir())
+        return []
 
     def delete(self, path: str) -> None:
         where = self._os_path(normalised(path, to_delete=True))
@@ -112,11 +116,8 @@ class LocalStorage:
         return (os.path.join(self.root, where.lstrip("/")) if self.root else where) or "."
 
     def _entries(self, path: str) -> Iterator[os.DirEntry[str]]:
-        try:
-            with os.scandir(self._os_path(path)) as entries:
-                yield from (entry for entry in entries if not entry.name.startswith(ASIDE_PREFIX))
-        except (FileNotFoundError, NotADirectoryError):
-            return
+        with os.scandir(self._os_path(path)) as entries:
+            yield from (entry for entry in entries if not entry.name.startswith(ASIDE_PREFIX))
 
 
 class LocalSink:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ray_stateful import checkpoint
-from ray_stateful.errors import NoIntactCheckpoint, SaveFailed
+from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage.local import LocalStorage
 from ray_stateful.storage.uris import below, resolve, without_credentials
@@ -197,6 +197,13 @@ def test_a_place_that_would_be_another_one_is_refused_and_the_right_way_to_write
         with pytest.raises(ValueError, match=instead):
             use(uri.format(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_run_that_is_a_file_is_an_error_and_never_a_start_from_scratch(tmp_path, below):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(RankFailed, match="Not a directory"):
+        restored_step(f"{tmp_path}/file{below}")
 
 
 def test_a_name_with_any_character_is_written_in_percent_signs_in_a_uri_and_as_it_is_in_a_path(tmp_path):

@@ -66,7 +66,8 @@ def fill_strict(
             value = put(value, mappings[key][1:], value_of(run.storage, opened.path, chunk))
         else:
             tensors[key] = flat[key]
-    return Filled(part, value, tensors, {key: match.sources[key] for key in tensors}, match.notes, match.is_partial)
+    sources = {key: match.sources[key] for key in tensors}
+    return Filled(part, value, tensors, sources, match.notes, is_partial=match.is_partial)
 
 
 def fill(part: Any, prefix: KeyPath, flat: Mapping[str, Any], run: Run, opened: OpenCheckpoint) -> Filled:

@@ -23,12 +23,13 @@ def foresee(
 
 
 def complete(
-    foreseen: PartReport, filled: Filled, how: str, read: ReadStatistics, opened: OpenCheckpoint
+    foreseen: PartReport, filled: Filled, how: str, described: str, read: ReadStatistics, opened: OpenCheckpoint
 ) -> PartReport:
     """The same with what only loading could tell.
 
     Args:
         how: What the part said of a resize, in a few words; empty if it was not asked.
+        described: What it says of itself; empty if it was.
         read: What all ranks read for the part.
     """
     details = [how] if how else []
@@ -37,12 +38,10 @@ def complete(
         amplification = read.bytes_read / max(1, read.bytes_wanted)
         details.append(f"read {size(read.bytes_read)}, {amplification:.2f}x of what this world needs")
         details.append("verified" if opened.manifest else "unverified")
-    describe = getattr(filled.part, "describe", None)
-    said: list[str] = []
-    if describe is not None and not how:
-        details.append(describe())
-        said = details[-1].split("; ")
+    if described:
+        details.append(described)
     # What a part found out when it was asked, it may find out again when it is loaded.
+    said = described.split("; ")
     return replace(foreseen, details=(*details, *(note for note in filled.notes if note not in said)))
 
 

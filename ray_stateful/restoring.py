@@ -93,6 +93,11 @@ def restore_opened(
         with outcome.catch():
             if part in filled:
                 how[part] = _load(state[part], filled[part].value, world)
+    described: dict[str, str] = {}
+    for part, said in how.items():
+        # Before ranks agree: a part may fail at what it was handed here alone, and the others would go on to train.
+        with outcome.catch():
+            described[part] = "" if said else _describe(state[part])
     mine = [number for part in sorted(filled) for number in astuple(statistics[part])]
     sums = [sum(numbers) for numbers in zip(*ranks.raise_if_any_failed("load the state", outcome, mine), strict=True)]
     total = {part: ReadStatistics(*sums[3 * n : 3 * n + 3]) for n, part in enumerate(sorted(filled))}
@@ -104,7 +109,7 @@ def restore_opened(
         saved_world_size=world.saved_world_size,
         world_size=world.world_size,
         verified=opened.manifest is not None,
-        parts=tuple(complete(foreseen[p], filled[p], how[p], total[p], opened) for p in sorted(filled)),
+        parts=tuple(complete(foreseen[p], filled[p], how[p], described[p], total[p], opened) for p in sorted(filled)),
         statistics=sum(total.values(), ReadStatistics()),
         rejected=dict(rejected),
         created_s=opened.manifest.created_s if opened.manifest else 0.0,
@@ -245,6 +250,11 @@ def _asked(part: Any, method: str, saved: Any) -> tuple[str, ...]:
     """What a part says of what was saved, if it has anything to say."""
     ask = getattr(part, method, None)
     return () if ask is None else tuple(ask(saved))
+
+
+def _describe(part: Any) -> str:
+    describe = getattr(part, "describe", None)
+    return "" if describe is None else str(describe())
 
 
 def _load(part: Any, value: Any, world: World) -> str:

@@ -13,7 +13,7 @@ from ray_stateful.format.checksums import checksum
 from ray_stateful.format.layout import DCP_METADATA, FORMAT_VERSION, INDEX, is_item_file
 from ray_stateful.format.strict_json import strict_json
 
-MAX_FILE_BYTES = 2**62
+MAX_BYTES = 2**62
 MAX_FILES = 1 << 20
 
 
@@ -110,14 +110,19 @@ def _checked(cls: type[Manifest], body: dict[str, Any], where: str) -> Manifest:
         raise refuse("mesh is not a list of axis names and sizes")
     if not isinstance(body["files"], dict) or INDEX not in body["files"] or len(body["files"]) > MAX_FILES:
         raise refuse("its files have no index, or are too many")
-    files = {}
+    files: dict[str, StoredFile] = {}
+    num_bytes = 0
     for name, entry in body["files"].items():
         if name not in (INDEX, DCP_METADATA) and not is_item_file(name):
             raise refuse(f"file {name!r} is not one that a checkpoint has")
         if not isinstance(entry, dict) or set(entry) != {"size", "xxh3"} or not _strings([entry["xxh3"]]):
             raise refuse(f"entry of file {name!r} is not its size and checksum")
-        if type(entry["size"]) is not int or not 0 <= entry["size"] <= MAX_FILE_BYTES:
+        if type(entry["size"]) is not int or not 0 <= entry["size"] <= MAX_BYTES:
             raise refuse(f"file {name!r} has size {entry['size']!r}")
+        # A restore counts bytes through all files, in 64 bits.
+        num_bytes += entry["size"]
+        if num_bytes > MAX_BYTES:
+            raise refuse(f"its files have more than {MAX_BYTES:,} bytes together")
         files[name] = StoredFile(**entry)
     return cls(**{**body, "files": files, "parts": tuple(body["parts"]), "mesh": tuple(body["mesh"])})
 

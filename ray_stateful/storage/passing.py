@@ -54,14 +54,17 @@ def read(
     took = {name: ReadStatistics(bytes_wanted=sum(r.num_bytes for r in requests[name])) for name in names}
     wanted = _Wanted(path, deal, [request.into.detach() for name in names for request in requests[name]])
     asked: list[list[Span]] = [[] for _ in range(ranks.world_size)]
+    question = torch.empty((0, 3), dtype=torch.int64, device="cpu")
     with outcome.catch():
         wanted.cut([requests[name] for name in names], limits)
         for span in sorted(wanted.pieces):
             asked[deal.reader_of(span)].append(span)
+        flat = [number for spans in asked for span in spans for number in (span.begin, span.stop, span.part)]
+        question = torch.tensor(flat, dtype=torch.int64, device="cpu").view(-1, 3)
     failures, facts = ranks.share("ask for pieces", outcome, [sum(map(bool, asked))])
     if failures:
         return took, failures
-    to_read = _tell(asked, ranks)
+    to_read = _tell([len(spans) for spans in asked], question, ranks)
     everything = sorted(chain.from_iterable(to_read))
     max_bytes = window_bytes(max(num_readers for (num_readers,) in facts), limits)
     # How far each reader got.
@@ -123,16 +126,18 @@ class _Wanted:
             place_checked(self.pieces[span], self.targets, of_span, start, posixpath.join(self.path, file))
 
 
-def _tell(asked: Sequence[Sequence[Span]], ranks: Ranks) -> list[list[Span]]:
-    """What each rank wants of this one, from what this one wants of each. Collective."""
-    num_asked = torch.tensor([len(spans) for spans in asked], dtype=torch.int64, device="cpu")
+def _tell(numbers: list[int], question: torch.Tensor, ranks: Ranks) -> list[list[Span]]:
+    """What each rank wants of this one. Collective.
+
+    Args:
+        question: What this one wants, a row for each span; so many of each rank as `numbers` says.
+    """
+    num_asked = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     num_told = torch.empty_like(num_asked)
     once = [1] * ranks.world_size
     _all_to_all("ask for pieces", num_told, num_asked, once, once, ranks)
-    flat = [number for spans in asked for span in spans for number in (span.begin, span.stop, span.part)]
-    rows = torch.tensor(flat, dtype=torch.int64, device="cpu").view(-1, 3)
     told = torch.empty((int(num_told.sum()), 3), dtype=torch.int64, device="cpu")
-    _all_to_all("ask for pieces", told, rows, num_told.tolist(), num_asked.tolist(), ranks)
+    _all_to_all("ask for pieces", told, question, num_told.tolist(), numbers, ranks)
     return [[Span(*row) for row in of_rank.tolist()] for of_rank in torch.split(told, num_told.tolist())]
 
 

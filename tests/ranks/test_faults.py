@@ -416,3 +416,23 @@ def test_files_that_each_rank_wrote_to_a_disk_of_its_own_are_no_checkpoint(tmp_p
     assert "__1_0.distcp" in text
     assert "manifest.json" not in files + other[2]
     assert "__1_0.distcp" in other[2]
+
+
+class Mute(Shards):
+    def describe(self):
+        if dist.get_rank() == 1:
+            raise TypeError("this rank's is no number")
+        return "fine"
+
+
+def restore_what_one_rank_can_not_describe(root):
+    checkpoint.save({"a": Shards(1)}, step=1, run=root, timeout_s=20)
+    try:
+        checkpoint.restore({"a": Mute(0)}, run=root, timeout_s=20)
+    except CheckpointError as error:
+        return type(error)
+    return None
+
+
+def test_a_part_that_one_rank_can_not_describe_fails_the_restore_on_every_rank(tmp_path):
+    assert run_ranks(2, restore_what_one_rank_can_not_describe, str(tmp_path)) == [RankFailed] * 2

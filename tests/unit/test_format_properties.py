@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 from numpy._core._rational_tests import rational
 
-from ray_stateful.errors import DamagedCheckpoint, UnknownFormat, UnsupportedState
+from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, UnknownFormat, UnsupportedState
 from ray_stateful.format import checksums, index, layout, values
 from ray_stateful.format.chunks import Box, coverage_problems, intersection, span_of, split, strides_of
 from ray_stateful.format.dtypes import ITEM_BYTES
@@ -455,7 +455,7 @@ manifests = st.builds(
     parts=st.lists(st.text(max_size=8), max_size=3).map(tuple),
     files=st.dictionaries(
         st.builds(layout.item_file, st.integers(0, 10**9 - 1), st.integers(0, 99)),
-        st.builds(StoredFile, size=st.integers(0, 2**62), xxh3=st.just("0123456789abcdef")),
+        st.builds(StoredFile, size=st.integers(0, 2**60), xxh3=st.just("0123456789abcdef")),
         max_size=3,
     ).map(lambda files: {**files, layout.INDEX: StoredFile(size=1, xxh3="0")}),
     mesh=st.lists(st.dictionaries(st.text(max_size=4), st.integers(1, 99), max_size=2), max_size=2).map(tuple),
@@ -483,6 +483,17 @@ def test_a_damaged_manifest_is_refused_or_the_same(manifest, data):
         assert "here" in str(error)  # noqa: PT017 - most examples raise, and the others are checked below
     else:
         assert found == manifest
+
+
+def test_files_whose_positions_in_a_row_are_beyond_64_bits_are_refused():
+    files = {layout.INDEX: StoredFile(size=0, xxh3="0")}
+    files |= {layout.item_file(rank, 0): StoredFile(size=2**61, xxh3="0") for rank in range(2)}
+    manifest = Manifest(step=1, samples=1, world_size=2, attempt="", parts=(), files=files)
+
+    assert Manifest.from_json(manifest.to_json(), "here") == manifest
+    files[layout.INDEX] = StoredFile(size=1, xxh3="0")
+    with pytest.raises(HostileCheckpoint, match="together"):
+        Manifest.from_json(manifest.to_json(), "here")
 
 
 def test_a_newer_manifest_says_what_to_install():

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from ray_stateful.errors import StateMismatch
+from ray_stateful.states.counts import count_problems
 from ray_stateful.states.paired import PairedBatch, paired
 from ray_stateful.states.permutation import Permutation
 from ray_stateful.states.shares import GlobalBatch, MicroBatch, share_of, split_evenly
@@ -27,6 +28,9 @@ _EFFECTS: dict[Change, str] = {
     "global_batch_size": "changes what a step means to schedulers and learning rate",
     "drop_last": "changes which samples are trained in an epoch",
 }
+
+# Of what is saved.
+_LEAST = {"epoch": 0, "position": 0, "samples": 0, "length": 1, "global_batch_size": 1}
 
 
 class GlobalBatchSampler:
@@ -181,6 +185,13 @@ class GlobalBatchSampler:
 
     def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
         """What keeps `saved` from being loaded, one line each; changes nothing."""
+        wrong = count_problems(saved, _LEAST)
+        if not wrong and (type(saved.get("seed")) is not int or saved["position"] > saved["length"]):
+            wrong = (
+                f"its seed is no number, or its position beyond the length {saved['length']:,}: it is not one of ours",
+            )
+        if wrong:
+            return wrong
         return tuple(
             f"{name} was {saved[name]} and is {getattr(self, name)}: this {_EFFECTS[name]}; give {name}={saved[name]}, "
             f"or allow_change=[{name!r}]"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from ray_stateful.states.counts import count_problems
 from ray_stateful.states.part import RankPart, World
 
 
@@ -78,6 +80,17 @@ class Progress(RankPart):
             "epoch": self.epoch,
             "wall_s": self.wall_s,
         }
+
+    def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """What keeps `saved` from being loaded, one line each; changes nothing."""
+        wall_s = saved.get("wall_s")
+        is_time = isinstance(wall_s, int | float) and math.isfinite(wall_s)
+        wrong = () if is_time else ("wall_s is no time in the checkpoint: it is not one of ours",)
+        return (*count_problems(saved, dict.fromkeys(("step", "samples", "tokens", "epoch"), 0)), *wrong)
+
+    def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+        """The same on another number of ranks, each problem once."""
+        return tuple(dict.fromkeys(problem for state in saved.values() for problem in self.check_saved(state)))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.step, self.samples = state_dict["step"], state_dict["samples"]

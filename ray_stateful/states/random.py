@@ -24,6 +24,7 @@ Generator = torch.Generator | np.random.Generator | random.Random
 class _Stream(Protocol):
     def get(self) -> Any: ...
     def set(self, state: Any) -> None: ...
+    def try_out(self, state: Any) -> None: ...
     def reseed(self, seed: int) -> None: ...
 
 
@@ -71,6 +72,9 @@ class RandomState(RankPart):
 
     def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
         """What keeps `saved` from being loaded at equal size, one line each; changes nothing."""
+        wrong = self._malformed(saved)
+        if wrong:
+            return wrong
         problems = [*self.check_resized({0: saved})]
         # Not in checkpoints of earlier versions. Without the numbers: one line for all ranks.
         if saved.get("data_parallel_rank", self._rank(current_rank())) != self._rank(current_rank()):
@@ -86,6 +90,8 @@ class RandomState(RankPart):
 
     def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
         """What keeps `saved` from being loaded on another number of ranks, one line each; changes nothing."""
+        if not _has_streams(saved[0]):
+            return (_NOT_OURS,)
         ours = {f"generator {name}" for name in self._named}
         theirs = {name for name in saved[0]["streams"] if name.startswith("generator ")}
         return tuple(
@@ -141,6 +147,18 @@ class RandomState(RankPart):
             streams[f"cuda {position}"] = _Torch(torch.cuda.default_generators[device])
         return streams | {f"generator {name}": stream for name, stream in self._named.items()}
 
+    def _malformed(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        if not _has_streams(saved):
+            return (_NOT_OURS,)
+        found = []
+        for name, stream in self._streams(saved).items():
+            try:
+                if name in saved["streams"]:
+                    stream.try_out(saved["streams"][name])
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                found.append(f"stream {name} has no state that it could go on from: {type(error).__name__}: {error}")
+        return tuple(found)
+
     def _rank(self, rank: int) -> int:
         return rank if self._data_parallel_rank is None else self._data_parallel_rank
 
@@ -161,6 +179,13 @@ class RandomState(RankPart):
         return [torch.cuda.current_device()] if in_use or wanted else []
 
 
+def _has_streams(saved: Mapping[str, Any]) -> bool:
+    return type(saved.get("seed")) is int and isinstance(saved.get("streams"), Mapping)
+
+
+_NOT_OURS = "no seed and streams are in the checkpoint: it is not one of ours"
+
+
 class _Python:
     def __init__(self, generator: random.Random) -> None:
         self._generator = generator
@@ -170,7 +195,10 @@ class _Python:
         return {"version": version, "words": np.array(words, dtype=np.uint32), "gauss": gauss}
 
     def set(self, state: Any) -> None:
-        self._generator.setstate((state["version"], tuple(int(word) for word in state["words"]), state["gauss"]))
+        _set_python(self._generator, state)
+
+    def try_out(self, state: Any) -> None:
+        _set_python(random.Random(), state)  # noqa: S311 - nothing is drawn from it
 
     def reseed(self, seed: int) -> None:
         self._generator.seed(seed)
@@ -182,6 +210,11 @@ class _NumpyGlobal:
 
     def set(self, state: Any) -> None:
         np.random.set_state(state)
+
+    def try_out(self, state: Any) -> None:
+        if state["bit_generator"] == "MT19937":  # unless somebody has set another one
+            np.random.RandomState(np.random.MT19937()).set_state(state)
+        _check_positions(state)
 
     def reseed(self, seed: int) -> None:
         np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
@@ -197,6 +230,10 @@ class _Numpy:
     def set(self, state: Any) -> None:
         self._bits.state = state
 
+    def try_out(self, state: Any) -> None:
+        type(self._bits)().state = state
+        _check_positions(state)
+
     def reseed(self, seed: int) -> None:
         self._bits.state = type(self._bits)(seed).state
 
@@ -211,8 +248,25 @@ class _Torch:
     def set(self, state: Any) -> None:
         self._generator.set_state(state.cpu())
 
+    def try_out(self, state: Any) -> None:
+        # Its bytes are not read yet.
+        size = self._generator.get_state().numel()
+        if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8 or state.numel() != size:
+            raise ValueError(f"not {size:,} bytes")
+
     def reseed(self, seed: int) -> None:
         self._generator.manual_seed(seed)
+
+
+def _set_python(generator: random.Random, state: Any) -> None:
+    generator.setstate((state["version"], tuple(int(word) for word in state["words"]), state["gauss"]))
+
+
+def _check_positions(state: Any) -> None:
+    """Refuse a position beyond the words that are drawn from: NumPy does not, and reads whatever lies there."""
+    for found, words in ((state["state"].get("pos", 0), 624), (state.get("buffer_pos", 0), 4)):
+        if type(found) is not int or not 0 <= found <= words:
+            raise ValueError(f"position {found!r} of {words} words")
 
 
 def _named(name: str, generator: Generator) -> _Stream:

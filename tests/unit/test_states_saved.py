@@ -1,0 +1,65 @@
+"""What is saved of our own parts may have been written by anybody: it is looked at before anything is touched."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+
+from ray_stateful import GlobalBatchSampler, Progress, RandomState
+from ray_stateful.errors import StateMismatch
+
+PARTS = {
+    "batches": lambda: GlobalBatchSampler(100, global_batch_size=10, micro_batch_size=5),
+    "progress": Progress,
+    "random": RandomState,
+}
+
+CHANGES = {
+    "a position that is a text": ("batches", ["position"], "x"),
+    "a position before the first": ("batches", ["position"], -50),
+    "a position beyond the last": ("batches", ["position"], 105),
+    "samples of more than 64 bits": ("batches", ["samples"], 10**30),
+    "a seed that is a text": ("batches", ["seed"], "x"),
+    "a step that is true": ("progress", ["step"], True),
+    "a time that is none": ("progress", ["wall_s"], math.nan),
+    "a version of another Python": ("random", ["streams", "python", "version"], 7),
+    "a position beyond NumPy's words": ("random", ["streams", "numpy", "state", "pos"], 625),
+    "a position before NumPy's words": ("random", ["streams", "numpy", "state", "pos"], -1),
+    "streams that are a list": ("random", ["streams"], []),
+    "a seed that is no number": ("random", ["seed"], None),
+}
+
+
+def changed(state: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    inner = state
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    return state
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_no_part_of_ours_has_saved_is_said_before_it_is_loaded(case):
+    name, path, value = CHANGES[case]
+    part = PARTS[name]()
+    assert part.check_saved(part.state_dict()) == ()
+    assert part.check_saved(changed(part.state_dict(), path, value))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_an_entry_that_is_missing_is_said_before_anything_is_loaded(name):
+    part = PARTS[name]()
+    for missing in set(part.state_dict()) - {"drop_last", "data_parallel_rank"}:  # not in earlier versions
+        saved = part.state_dict()
+        del saved[missing]
+        assert part.check_saved(saved), missing
+
+
+def test_numpys_stream_is_not_put_where_it_would_read_beyond_its_words():
+    part = RandomState()
+    with pytest.raises(StateMismatch, match="position 625 of 624"):
+        part.load_state_dict(changed(part.state_dict(), ["streams", "numpy", "state", "pos"], 625))

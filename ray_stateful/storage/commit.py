@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ray_stateful import collector
-from ray_stateful.errors import DamagedCheckpoint, UnsupportedState
+from ray_stateful.errors import DamagedCheckpoint, StorageError, UnsupportedState
 from ray_stateful.format import index, layout
 from ray_stateful.format.checksums import checksum
 from ray_stateful.format.chunks import coverage_problems
@@ -27,6 +27,7 @@ from ray_stateful.format.manifest import Manifest, StoredFile
 from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage import dcp_metadata, opening
 from ray_stateful.storage.base import Storage
+from ray_stateful.storage.retries import is_transient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +231,14 @@ def prepare_again(
 
 def write_manifest(storage: Storage, path: str, manifest: Manifest) -> None:
     """Commit what was prepared: a reader takes the manifest's presence as proof that every file it names is whole."""
-    storage.write(posixpath.join(path, layout.MANIFEST), manifest.to_json())
+    try:
+        storage.write(posixpath.join(path, layout.MANIFEST), manifest.to_json())
+    except StorageError as error:
+        if not is_transient(error.__cause__):
+            raise
+        # A call that was given up may still end well, and a reply be lost on its way back.
+        late = "; if it comes to be there all the same, the checkpoint is whole and committed, and a restore finds it"
+        raise StorageError(error.operation, error.path, error.cause + late) from error
 
 
 def _refuse_large(values: Iterable[tuple[str, str | None]], room: int) -> None:

@@ -137,7 +137,7 @@ _TRANSIENT_WORDS = re.compile(
 )
 
 
-def is_transient(error: BaseException) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Whether trying again may help. What is not known is taken for permanent: a checkpoint is soon saved again."""
     if not isinstance(error, OSError):
         return False

@@ -1,6 +1,8 @@
 """Hazards of storage that show in a whole save or restore; others are where one storage is tested."""
 
+import errno
 import logging
+import threading
 import traceback
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import torch
 
 from ray_stateful import checkpoint
 from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed
+from ray_stateful.format import layout
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage.local import LocalStorage
+from ray_stateful.storage.retries import RetryingStorage, RetryPolicy
 from ray_stateful.storage.uris import below, resolve, without_credentials
 from ray_stateful.testing import Fail, FaultyStorage
 
@@ -204,6 +208,39 @@ def test_a_run_that_is_a_file_is_an_error_and_never_a_start_from_scratch(tmp_pat
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(RankFailed, match="Not a directory"):
         restored_step(f"{tmp_path}/file{below}")
+
+
+class LateStorage(LocalStorage):
+    """Writes a manifest when it is told to, and not before."""
+
+    now = threading.Event()
+    written = threading.Event()
+
+    def write(self, path, data):
+        if path.endswith(layout.MANIFEST):
+            self.now.wait(60.0)
+        super().write(path, data)
+        if path.endswith(layout.MANIFEST):
+            self.written.set()
+
+
+def test_a_save_whose_manifest_was_given_up_says_that_it_may_be_committed_later(tmp_path):
+    late = RetryingStorage(LateStorage(""), RetryPolicy(attempt_s=1.0, budget_s=0.1, first_pause_s=0.01))
+    with pytest.raises(SaveFailed, match=r"if it comes to be there .* a restore finds it"):
+        save(DirectoryRun(late, str(tmp_path), str(tmp_path)), 2)
+    assert checkpoint.restore({"part": Part(0)}, run=str(tmp_path)) is None
+
+    late.inner.now.set()
+    assert late.inner.written.wait(60.0)
+    assert restored_step(str(tmp_path)) == 2
+
+
+def test_a_save_whose_manifest_was_denied_promises_nothing(tmp_path):
+    inner = resolve(str(tmp_path))[0].inner
+    denied = FaultyStorage(inner, [Fail("write", path=layout.MANIFEST, error=PermissionError(errno.EACCES, "denied"))])
+    with pytest.raises(SaveFailed, match="denied") as error:
+        save(DirectoryRun(RetryingStorage(denied), str(tmp_path), str(tmp_path)), 2)
+    assert "a restore finds it" not in str(error.value)
 
 
 def test_a_name_with_any_character_is_written_in_percent_signs_in_a_uri_and_as_it_is_in_a_path(tmp_path):

@@ -7,14 +7,38 @@ thread has ended.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ray_stateful.checkpoint import Saving
 from ray_stateful.errors import RankFailed, RankTimeout
 from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.report import SaveReport
 from ray_stateful.storage.staging import Staging
+
+T = TypeVar("T")
+
+# Seconds that a training which has failed, or ended without waiting, is held up for a save in flight. One whose thread
+# is in a collective when the interpreter ends is ended by SIGABRT: its error and its exit code would be lost.
+_LEAVE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _UntilLeft(Ranks):
+    """Ranks that begin no collective once `left` is set."""
+
+    left: threading.Event = field(default_factory=threading.Event)
+
+    def within_deadline(self, phase: str, collective: Callable[[], T]) -> T:
+        if self.left.is_set():
+            raise RankTimeout(phase, self.rank, 0.0, "training has ended on this rank")
+        # Not super(): a dataclass with slots is made anew, and it would look for the first one.
+        return Ranks.within_deadline(self, phase, collective)
 
 
 class BackgroundSaver:
@@ -26,11 +50,13 @@ class BackgroundSaver:
     """
 
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
-        self._ranks, self._timeout_s = ranks, timeout_s
+        self._ranks = _UntilLeft(ranks.rank, ranks.world_size, ranks.group, ranks.timeout_s)
+        self._timeout_s = timeout_s
         self._staging = Staging()
         self._saving: Saving | None = None
         self._thread: threading.Thread | None = None
         self._outcome = Outcome()
+        _savers.add(self)
 
     @property
     def busy(self) -> bool:
@@ -69,6 +95,13 @@ class BackgroundSaver:
             waited_s = time.monotonic() - began
             raise RankTimeout("end a background save", self._ranks.rank, waited_s, "its thread is still writing")
 
+    def leave(self) -> None:
+        """Give up the save in flight, if it does not end within some seconds. Of this rank alone: it saves no more."""
+        if self._thread is not None:
+            self._thread.join(_LEAVE_S)
+            # What is being written still is. There can be no end to that here, and after it the thread ends.
+            self._ranks.left.set()
+
     def finish(self, ranks: Ranks) -> SaveReport:
         """Report the save, or raise what it ended with. Collective; only when every rank's thread has ended.
 
@@ -96,3 +129,14 @@ class BackgroundSaver:
     def _write(self, saving: Saving, outcome: Outcome) -> None:
         with outcome.catch():
             saving.write(self._ranks)
+
+
+_savers: weakref.WeakSet[BackgroundSaver] = weakref.WeakSet()
+
+
+def _leave_all() -> None:
+    for saver in list(_savers):
+        saver.leave()
+
+
+atexit.register(_leave_all)

@@ -131,6 +131,8 @@ class Checkpointer:
     ) -> None:
         """Save the last step, unless it is saved or the body raised: then nobody knows where the other ranks are."""
         if kind is not None:
+            if self._background is not None:
+                self._background.leave()
             return
         decision = self._agree(Reason.END | self._request_wish())
         self.wait()

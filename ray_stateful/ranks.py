@@ -7,6 +7,7 @@ through; tensors never do.
 
 from __future__ import annotations
 
+import atexit
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,10 @@ T = TypeVar("T")
 
 # As long as torch's own for a process group. Longer than what storage takes to give up: see RetryPolicy.within.
 DEFAULT_TIMEOUT_S = 1800.0
+
+
+# Seconds at the end of a process that has groups.
+_LET_GO_S = 0.2
 
 
 def current_rank() -> int:
@@ -229,3 +234,16 @@ class _Made:
 
 # Keyed by purpose and deadline; an entry of an earlier default group is replaced, as its sockets are gone.
 _groups: dict[tuple[str, float], _Made] = {}
+
+
+def _let_go() -> None:
+    """Give gloo's threads time to drop the tensors of the last collective, for which they need the interpreter.
+
+    One that does it after the interpreter has begun to end is ended by it, and the process by SIGABRT: the exit code
+    of an error, and of an orderly end, would be lost.
+    """
+    if _groups:
+        time.sleep(_LET_GO_S)
+
+
+atexit.register(_let_go)

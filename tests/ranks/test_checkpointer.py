@@ -1,6 +1,9 @@
 """When to save: one decision of all ranks."""
 
 import logging.handlers
+import os
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -401,3 +404,44 @@ def test_a_commit_of_several_ranks_that_builds_on_the_last_is_what_one_planned_a
     assert first.chunks == second.chunks
     assert first.trees == second.trees
     assert first.trees
+
+
+_RAISE = """
+import sys, threading
+from datetime import timedelta
+import torch, torch.distributed as dist
+from ray_stateful import Checkpointer, background
+from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage.uris import resolve
+from ray_stateful.testing import Delay, FaultyStorage
+from tests.part import Part
+
+rank, directory, delay_s, leave_s = int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
+timeout = timedelta(seconds=30)
+dist.init_process_group("gloo", init_method=f"file://{directory}/met", rank=rank, world_size=2, timeout=timeout)
+background._LEAVE_S = leave_s
+storage, path = resolve(f"{directory}/run")
+slow = FaultyStorage(storage.inner, [Delay("open_sink", num_times=None, delay_s=delay_s)])
+part = Part({"tensor": torch.ones(1000), "of": [rank]} if rank else {"tensor": torch.ones(1000)})
+run = DirectoryRun(slow, path, path)
+with Checkpointer({"part": part}, every_n_steps=1, background=True, run=run, timeout_s=30) as saver:
+    saver.step()
+    raise ValueError("the user's")
+"""
+
+
+@pytest.mark.parametrize(("delay_s", "leave_s", "num_committed"), [(1.0, 20.0, 1), (3.0, 0.1, 0)])
+def test_a_process_that_fails_with_a_save_in_flight_ends_by_its_own_error(tmp_path, delay_s, leave_s, num_committed):
+    command = [sys.executable, "-c", _RAISE]
+    arguments = [str(tmp_path), str(delay_s), str(leave_s)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([*command, str(rank), *arguments], stderr=subprocess.PIPE, text=True, env=environment)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=80)[1] for process in processes]
+
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert all("ValueError: the user's" in error for error in errors)
+    # One that was nearly there is made all the same.
+    assert len(list((tmp_path / "run").glob("*/manifest.json"))) == num_committed

@@ -176,9 +176,14 @@ def to_dcp(
     _check_empty(out_storage, out)
     sizes = storage.sizes(opened.path)
     for name in files:
+        written = sizes.get(name) if opened.manifest is None else opened.manifest.files[name].size
+        if written is None or sizes.get(name) != written:
+            found = f"has {sizes[name]:,} bytes; {written:,} were written" if name in sizes else "the file is missing"
+            raise DamagedCheckpoint(posixpath.join(opened.path, name), found)
+    for name in files:
 
         def produce(sink: Sink, name: str = name) -> None:
-            _copy(storage, opened, name, sizes.get(name, 0), sink, progress)
+            _copy(storage, opened, name, sizes[name], sink, progress)
 
         write_file(out_storage, posixpath.join(out, name), produce)
     metadata = opened.metadata({key: key for key in chosen})
@@ -230,12 +235,16 @@ def _tied_head(opened: OpenCheckpoint, keys: Mapping[str, str]) -> tuple[str, st
     Only these two are ever left out: other tensors may be equal by chance, as are all that begin as zeros.
     """
     heads = [name for name in keys if name == _HEAD or name.endswith("." + _HEAD)]
-    embeddings = [name for name in keys if name.endswith(_EMBEDDINGS)]
+    embeddings: dict[Any, str] = {}
+    for name in keys:
+        if heads and name.endswith(_EMBEDDINGS):
+            embeddings.setdefault(_content(opened.chunks[keys[name]]), name)
+    # Without checksums nobody can tell.
+    embeddings.pop(None, None)
     for head in heads:
-        for embedding in embeddings:
-            content = _content(opened.chunks[keys[head]])
-            if content is not None and content == _content(opened.chunks[keys[embedding]]):
-                return head, embedding
+        embedding = embeddings.get(_content(opened.chunks[keys[head]]))
+        if embedding is not None:
+            return head, embedding
     return None
 
 
@@ -243,7 +252,7 @@ def _content(chunks: tuple[StoredChunk, ...]) -> Any:
     """What is equal for tensors of equal content and sharding; `None` where there are no checksums to tell."""
     if any(not chunk.checksums for chunk in chunks):
         return None
-    boxes = sorted((chunk.box, chunk.block_bytes, bytes(chunk.checksums)) for chunk in chunks)
+    boxes = tuple(sorted((chunk.box, chunk.block_bytes, bytes(chunk.checksums)) for chunk in chunks))
     return chunks[0].dtype, chunks[0].shape, boxes
 
 

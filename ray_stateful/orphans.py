@@ -7,9 +7,11 @@ deleted here: whatever is committed, counted by Ray, young, of another name, or 
 from __future__ import annotations
 
 import logging
+import os
 import posixpath
 import time
 from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow.fs
@@ -97,13 +99,22 @@ def find(
 
 def _is_left_by_a_save(storage: Storage, path: str, sizes: Mapping[str, int]) -> bool:
     """Whether nothing else lies in a directory without a manifest, also by other ways than a listing of its files."""
-    if storage.directories(path) or not all(map(layout.is_file_of_checkpoint, sizes)):
+    if storage.directories(path) or not all(map(layout.is_file_of_checkpoint, sizes)) or _has_no_files(storage, path):
         return False
     try:
-        # A listing leaves out links, and a store's may be late; asked for by its name, what is there is there.
+        # A store's listing may be late; asked for by its name, what is there is there.
         storage.read(posixpath.join(path, layout.MANIFEST), 0, 1)
     except FileNotFoundError:
         return True
+    return False
+
+
+def _has_no_files(storage: Storage, path: str) -> bool:
+    """Whether a directory of this machine has links, pipes or the like in it, which a listing leaves out."""
+    if not isinstance(getattr(getattr(storage, "inner", storage), "filesystem", None), pyarrow.fs.LocalFileSystem):
+        return False
+    with suppress(FileNotFoundError), os.scandir(path) as entries:
+        return any(not entry.is_file(follow_symlinks=False) for entry in entries)
     return False
 
 

@@ -58,7 +58,12 @@ class LocalStorage:
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         # Without waiting: to open a pipe takes until somebody writes to it, and a hostile checkpoint may have one.
-        with _opened(self._os_path(path), os.O_RDONLY | os.O_NONBLOCK) as descriptor:
+        flags, where = os.O_RDONLY | os.O_NONBLOCK, self._os_path(path)
+        if layout.is_file_of_checkpoint(os.path.basename(where)):
+            # As in a listing, a link is not there: it leads out of the directory, and the file behind it is anybody's.
+            # Other files are read through links, which is how the cache of Hugging Face keeps weights.
+            flags |= os.O_NOFOLLOW
+        with _opened(where, flags) as descriptor:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL, "is not a file", path)
@@ -224,7 +229,12 @@ def _fsync_directory(path: str) -> None:
 
 @contextmanager
 def _opened(path: str, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP and flags & os.O_NOFOLLOW:
+            raise FileNotFoundError(errno.ENOENT, "is a link, which is not followed", path) from error
+        raise
     try:
         yield descriptor
     finally:

@@ -16,10 +16,12 @@ import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from attacks.corpus import Workshop
 from ray_stateful import checkpoint
 from ray_stateful.cli.main import main
 from ray_stateful.errors import HostileCheckpoint
 from ray_stateful.format import hf_layout, layout
+from ray_stateful.format.checksums import checksum
 from ray_stateful.stateful_wrappers import ModelState
 from tests.part import Part
 from tests.ranks import peft_models
@@ -90,6 +92,24 @@ def test_the_safetensors_library_reads_every_dtype_as_it_was_saved(tmp_path, mon
 
     assert result["files"] == ["model.safetensors"]
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), expected)
+
+
+@pytest.mark.parametrize("left", [None, 100])
+def test_an_item_file_that_is_missing_or_cut_ends_an_export_to_dcp_before_it_writes(tmp_path, left):
+    uri = save(tmp_path, {"w": torch.ones(200)})
+    (item,) = Path(uri).glob("__*")
+    data = item.read_bytes()[: left or 0]
+    item.unlink()
+    if left is not None:
+        item.write_bytes(data)
+    # The checksum is no help: whoever cut it can compute one.
+    Workshop(Path(uri)).manifest(lambda body: body["files"][item.name].update(xxh3=checksum(data)))
+
+    said = run("export", uri, tmp_path / "out", "--format", "dcp", exit_code=2)
+
+    assert item.name in said
+    assert ("missing" if left is None else "100 bytes") in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -356,6 +376,28 @@ def test_an_index_of_tensors_that_are_in_no_file_is_refused(tmp_path):
 
     assert "'v'" in run("import", tmp_path / "in", tmp_path / "run", exit_code=2)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["manifest", "index", "item"])
+def test_no_command_follows_a_link_in_a_checkpoint_and_each_follows_one_to_it(tmp_path, kind):
+    uri = save(tmp_path, {"w": torch.ones(2)})
+    (tmp_path / "run").symlink_to(tmp_path)
+    (tmp_path / "checkpoint").symlink_to(uri)
+    through = [tmp_path / "checkpoint", tmp_path / "run" / Path(uri).name]
+    for place in through:
+        run("inspect", place)
+        run("diff", place, uri)
+    (item,) = Path(uri).glob("__*")
+    name = {"manifest": layout.MANIFEST, "index": layout.INDEX, "item": item.name}[kind]
+    (Path(uri) / name).rename(tmp_path / "elsewhere")
+    (Path(uri) / name).symlink_to("../elsewhere")
+
+    for place in (uri, *through):
+        for form in ("safetensors", "dcp", "torch"):
+            assert "missing" in run("export", place, tmp_path / form, "--format", form, exit_code=2)
+        assert "missing" in run("diff", place, place, exit_code=2)
+        if kind != "item":
+            assert "missing" in run("inspect", place, exit_code=2)
 
 
 @pytest.mark.parametrize("name", ["", "model.safetensors"])

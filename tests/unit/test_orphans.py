@@ -73,7 +73,9 @@ def test_only_old_uncommitted_directories_that_nobody_counts_are_deleted(tmp_pat
     assert names(tmp_path) == sorted([*kept, *others])
 
 
-@pytest.mark.parametrize("what", ["a file of the user's", "a directory", "a manifest that is a link"])
+@pytest.mark.parametrize(
+    "what", ["a file of the user's", "a directory", "a link", "a pipe", "a manifest that is a link"]
+)
 @pytest.mark.parametrize("when", ["before the search", "before the deletion"])
 def test_a_directory_with_what_no_save_writes_stays(tmp_path, what, when):
     name = make(tmp_path, 1)
@@ -84,6 +86,10 @@ def test_a_directory_with_what_no_save_writes_stays(tmp_path, what, when):
 
     if what == "a directory":
         (directory / "exported").mkdir()
+    elif what == "a link":
+        (directory / "latest").symlink_to("__0_0.distcp")
+    elif what == "a pipe":
+        os.mkfifo(directory / "notes")
     elif what == "a manifest that is a link":
         (tmp_path / "elsewhere").write_text("{}")
         (directory / layout.MANIFEST).symlink_to("../elsewhere")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +53,13 @@ def match_strict(
     prefix = f"{name}."
     stored = {key for key, chunks in opened.chunks.items() if chunks[0].path[0] == name}
     # What a tree stands for is compared by whoever loads it, a scheduler for example; if there is somebody.
-    trees = [
-        tree
-        for tree, row in opened.trees.items()
-        if row.path[0] == name and any(key.startswith(f"{tree}.") for key in everyones_keys)
-    ]
-    loose = {key for key in everyones_keys | stored if not key.startswith(tuple(f"{tree}." for tree in trees))}
+    here = [tree for tree, row in opened.trees.items() if row.path[0] == name]
+    in_order = sorted(everyones_keys) if here else []
+    trees = {tree for tree in here if _has_entry_below(in_order, f"{tree}.")}
+    lengths = sorted({len(tree) for tree in trees})
+    loose = {
+        key for key in everyones_keys | stored if not any(key[n : n + 1] == "." and key[:n] in trees for n in lengths)
+    }
     missing, unexpected = (everyones_keys & loose) - stored, (stored & loose) - everyones_keys
     judged = part.reconcile(_without(prefix, missing), _without(prefix, unexpected))
     instead = {prefix + key: prefix + source for key, source in judged.instead.items()}
@@ -90,9 +92,15 @@ def match_strict(
         notes=tuple(notes),
         sources=sources,
         absent=frozenset(key for key in flat if key in loose and key not in sources),
-        trees=tuple(trees),
+        trees=tuple(tree for tree in here if tree in trees),
         is_partial=is_partial,
     )
+
+
+def _has_entry_below(keys: Sequence[str], prefix: str) -> bool:
+    """Whether any of `keys`, which are in order, begins with `prefix`."""
+    at = bisect_left(keys, prefix)
+    return at < len(keys) and keys[at].startswith(prefix)
 
 
 def _without(prefix: str, keys: Set[str]) -> frozenset[str]:

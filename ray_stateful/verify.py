@@ -88,12 +88,13 @@ def verify(storage: Storage, path: str, *, full: bool = False, progress: Progres
             findings.append(Finding(file=layout.INDEX, problem=error.found))
             # Nor is it read again: what is wrong with it may be that it is a terabyte of nothing.
             absent.add(layout.INDEX)
+    known = {finding.file for finding in findings}
     to_read = {name: file for name, file in manifest.files.items() if full and name not in absent}
     found, num_bytes = _verify_contents(storage, path, to_read, rows, progress)
     return Verification(
         path=path,
         full=full,
-        findings=tuple(findings + [one for one in found if not any(one.file == old.file for old in findings)]),
+        findings=tuple(findings + [one for one in found if one.file not in known]),
         num_files=len(manifest.files) + 1,
         num_bytes=num_bytes,
     )

@@ -33,7 +33,8 @@ def state_holder(optimizer: Optimizer) -> Optimizer:
             and to be asked what it begins with, the one inside would be stepped.
     """
     for name, value in vars(optimizer).items():
-        for inner in value if isinstance(value, (list, tuple)) else (value,):
+        is_several = isinstance(value, (list, tuple, dict))
+        for inner in value.values() if isinstance(value, dict) else value if is_several else (value,):
             if not isinstance(inner, Optimizer) or inner is optimizer:
                 continue
             same_groups = inner.param_groups is optimizer.param_groups
@@ -42,7 +43,7 @@ def state_holder(optimizer: Optimizer) -> Optimizer:
             if inner.state is not optimizer.state:
                 found = f"state that is kept by an optimizer inside it (`{name}`, {type(inner).__name__})"
                 # With groups of its own, as ZeroRedundancyOptimizer's, the outer one overwrites those inside.
-                if same_groups or isinstance(value, (list, tuple)):
+                if same_groups or is_several:
                     what_to_do = f"give OptimizerState its `{name}`; what it keeps beside that needs a part of its own"
                 else:
                     what_to_do = "use a plain optimizer; to spread its state over the ranks, fully_shard the model"

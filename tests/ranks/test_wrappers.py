@@ -268,6 +268,30 @@ def test_a_new_parameter_that_comes_first_in_its_group_does_not_cost_it_its_lear
     assert run_ranks(2, joined_by_a_new_parameter, wrapping) == [[0.1]] * 2
 
 
+def regrouped(directory: str) -> None:
+    warnings.simplefilter("ignore")
+    for wrapping in ("fsdp1", "fsdp1_flat", "fsdp2"):
+        rates, optimizers, schedulers, states = ([0.1, 0.2], [0.2, 0.1]), [], [], []
+        for order in rates:
+            layers = {rate: WRAPPINGS[wrapping](nn.Linear(4, 4)) for rate in (0.1, 0.2)}
+            model = WRAPPINGS[wrapping](nn.Sequential(*layers.values()))
+            optimizer = torch.optim.AdamW([{"params": [*layers[rate].parameters()], "lr": rate} for rate in order])
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+            states.append({"optimizer": OptimizerState(model, optimizer, scheduler)})
+            optimizers.append(optimizer)
+            schedulers.append(scheduler)
+        checkpoint.save(states[0], step=0, run=f"{directory}/{wrapping}")
+        checkpoint.restore(states[1], run=f"{directory}/{wrapping}")
+        for order, optimizer, scheduler in zip(rates, optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+            assert [group["lr"] for group in optimizer.param_groups] == [rate / 2 for rate in order]
+
+
+def test_each_group_of_a_sharded_model_keeps_its_own_schedule_in_another_order(tmp_path):
+    passed(run_ranks(2, regrouped, str(tmp_path)))
+
+
 def before_the_first_step(directory: str, wrapping: str) -> None:
     warnings.simplefilter("ignore")
     for name, make in {

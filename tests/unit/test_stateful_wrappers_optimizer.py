@@ -550,10 +550,13 @@ def test_an_optimizer_that_keeps_its_state_in_another_one_is_refused_by_name_at_
         OptimizerState(model, outer)
 
 
-def test_several_optimizers_in_one_are_refused_by_name_at_once():
+@pytest.mark.parametrize("container", [list, dict])
+def test_several_optimizers_in_one_are_refused_by_name_at_once(container):
     model = nn.Linear(2, 2)
     outer = torch.optim.SGD(model.parameters())
-    outer.each = [torch.optim.AdamW([parameter]) for parameter in model.parameters()]
+    outer.each = container((name, torch.optim.AdamW([p])) for name, p in model.named_parameters())
+    if container is list:
+        outer.each = [optimizer for _, optimizer in outer.each]
     with pytest.raises(UnsupportedState, match=r"^SGD: .*: give OptimizerState its `each`"):
         OptimizerState(model, outer)
 

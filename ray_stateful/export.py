@@ -70,8 +70,12 @@ def part_to_export(opened: OpenCheckpoint, part: str | None) -> str:
     return part
 
 
-def select(opened: OpenCheckpoint, part: str, *, adapter_only: bool = False, keep_tied: bool = False) -> Selection:
+def select(opened: OpenCheckpoint, part: str, *, adapter_only: bool = False, drop_tied: bool = False) -> Selection:
     """Which tensors of `part` are exported, under which names.
+
+    Args:
+        drop_tied: Leave out an output head that equals the embedding. A head that is tied was not saved to begin with;
+            one that was saved and is equal may be tied by a pipeline, or be about to be trained on its own.
 
     Raises:
         ValueError: there are none.
@@ -90,9 +94,9 @@ def select(opened: OpenCheckpoint, part: str, *, adapter_only: bool = False, kee
             left_out[key] = "not of the adapter"
         else:
             keys[name] = key
-    head = None if keep_tied else _tied_head(opened, keys)
+    head = _tied_head(opened, keys) if drop_tied else None
     if head is not None:
-        left_out[keys.pop(head[0])] = f"equal to {head[1]}: the model ties them when it loads"
+        left_out[keys.pop(head[0])] = f"equal to {head[1]}"
     if not keys:
         raise ValueError(f"part {part!r} has no tensors" + (" of an adapter" if adapter_only else ""))
     return Selection(

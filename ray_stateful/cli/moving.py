@@ -41,7 +41,7 @@ class ByteSize(click.ParamType[int]):
 @click.option("--dtype", type=click.Choice(sorted(ITEM_BYTES)), help="Cast floating-point tensors to this.")
 @click.option("--max-file-size", type=ByteSize(), default="5GB", show_default=True, help="Of one safetensors file.")
 @click.option("--adapter", is_flag=True, help="The adapter alone, as adapter_model.safetensors, for PEFT.")
-@click.option("--keep-tied", is_flag=True, help="Write an output head that equals the embedding, too.")
+@click.option("--drop-tied", is_flag=True, help="Leave out an output head that equals the embedding.")
 @json_option
 def export_(
     checkpoint: str,
@@ -51,12 +51,12 @@ def export_(
     dtype: str | None,
     max_file_size: int,
     adapter: bool,
-    keep_tied: bool,
+    drop_tied: bool,
     json_: bool,
 ) -> None:
     """Write CHECKPOINT to OUT: a directory for safetensors and dcp, a file for torch."""
-    if format_ != "safetensors" and (adapter or keep_tied):
-        raise click.UsageError("--adapter and --keep-tied are for --format safetensors")
+    if format_ != "safetensors" and (adapter or drop_tied):
+        raise click.UsageError("--adapter and --drop-tied are for --format safetensors")
     if format_ == "dcp" and dtype is not None:
         raise click.UsageError("--dtype casts for --format safetensors and torch; dcp copies the files as they are")
     storage, opened = open_checkpoint(checkpoint)
@@ -69,7 +69,7 @@ def export_(
     with meter("export", total) as progress:
         if format_ == "safetensors":
             assert part is not None
-            chosen = export.select(opened, part, adapter_only=adapter, keep_tied=keep_tied)
+            chosen = export.select(opened, part, adapter_only=adapter, drop_tied=drop_tied)
             result = export.to_safetensors(
                 storage,
                 opened,

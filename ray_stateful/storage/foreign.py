@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from ray_stateful.errors import HostileCheckpoint
+from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint
 from ray_stateful.format.chunks import Box
 from ray_stateful.format.dtypes import ITEM_BYTES, dtype_name
 from ray_stateful.format.index import MAX_REPEATED_BYTES
+from ray_stateful.format.layout import is_item_file
 from ray_stateful.format.rows import MAX_DIMS, MAX_PATH_LENGTH, MAX_POSITION, KeyPath, StoredChunk
 from ray_stateful.format.stock_item import HEAD_BYTES, data_position
 from ray_stateful.storage.base import Storage
@@ -57,6 +58,7 @@ def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[Store
     """The rows that an index of a foreign checkpoint would have, without checksums, each checked.
 
     Raises:
+        DamagedCheckpoint: a file is missing, or cut short.
         HostileCheckpoint: the metadata names files outside of the checkpoint, or tensors no file could hold.
     """
     stored = metadata.storage_data
@@ -82,6 +84,7 @@ def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[Store
         # The types are DCP's; what is in their fields is anybody's.
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise HostileCheckpoint(where, f"an entry can't be read: {type(error).__name__}: {error}") from error
+        _refuse_incomplete(found[-1], posixpath.dirname(where), sizes)
         problem = _problem(found[-1], sizes)
         if problem is not None:
             raise HostileCheckpoint(where, f"{found[-1].key!r}: {problem}")
@@ -358,6 +361,20 @@ def _path(key: str, path: Any) -> KeyPath:
     if sum(len(step) for step in steps if type(step) is str) > len(key) or ".".join(map(str, steps)) != key:
         return (key,)
     return tuple(steps)
+
+
+def _refuse_incomplete(row: StoredChunk, path: str, sizes: Mapping[str, int]) -> None:
+    """Refuse a file that DCP would have written and that is not there, or not whole: nobody's ill will, as a rule."""
+    if type(row.file) is not str or not is_item_file(row.file):
+        return
+    if row.file not in sizes:
+        raise DamagedCheckpoint(posixpath.join(path, row.file), "is missing; the metadata has items in it")
+    if type(row.item_offset) is not int or type(row.item_length) is not int or row.item_offset < 0:
+        return
+    end = row.item_offset + row.item_length
+    if end > sizes[row.file]:
+        found = f"is cut short: {sizes[row.file]:,} bytes are there; the metadata has items up to {end:,}"
+        raise DamagedCheckpoint(posixpath.join(path, row.file), found)
 
 
 def _problem(row: StoredChunk, sizes: Mapping[str, int]) -> str | None:

@@ -19,7 +19,7 @@ from attacks.corpus import Workshop
 from ray_stateful import checkpoint, listing, restore_cost
 from ray_stateful.cli.explain import explain
 from ray_stateful.cli.main import main
-from ray_stateful.errors import HostileCheckpoint, StorageError
+from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, StorageError
 from ray_stateful.format import layout
 from ray_stateful.storage import opening
 from ray_stateful.storage.retries import RetryingStorage
@@ -57,6 +57,11 @@ def run_json(*arguments, exit_code=0):
     result = run(*arguments, "--json")
     assert result.exit_code == exit_code, result.output
     return json.loads(result.stdout)
+
+
+def checkpoint_at(path):
+    storage, inside = resolve(str(path))
+    return opening.parse(opening.fetch(storage, inside))
 
 
 def flip(path, offset):
@@ -204,6 +209,14 @@ def test_verify_says_that_an_uncommitted_checkpoint_is_one_and_that_a_foreign_on
     assert "no checksums" in result.stdout
     assert not {"intact", "every byte"} & set(re.findall("intact|every byte", result.stdout))
     assert run_json("verify", tmp_path / "plain", "--full")["intact"] is None
+
+    (item,) = (tmp_path / "plain").glob("*.distcp")
+    for found, do in (("is cut short", lambda: os.truncate(item, 100)), ("is missing", item.unlink)):
+        do()
+        with pytest.raises(DamagedCheckpoint, match=found) as error:
+            checkpoint_at(tmp_path / "plain")
+        assert not isinstance(error.value, HostileCheckpoint)
+        assert found in run("verify", tmp_path / "plain").stdout
 
 
 def test_a_run_is_listed_while_ray_rewrites_its_list(tmp_path):

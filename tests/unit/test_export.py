@@ -112,18 +112,18 @@ def test_an_item_file_that_is_missing_or_cut_ends_an_export_to_dcp_before_it_wri
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_transformers_loads_a_sharded_export_and_computes_the_same(tmp_path, tied):
+@pytest.mark.parametrize(("tied", "options"), [(True, ["--drop-tied"]), (True, []), (False, [])])
+def test_transformers_loads_a_sharded_export_and_computes_the_same(tmp_path, tied, options):
     model = tiny_llama(tied)
     # As a plain state dict has it: with the head that is tied.
     uri = save(tmp_path / "run", dict(model.state_dict()), progress=Part({"step": 1}))
     out = tmp_path / "out"
 
-    result = run("export", uri, out, "--format", "safetensors", "--max-file-size", "4kB")
+    result = run("export", uri, out, "--format", "safetensors", "--max-file-size", "4kB", *options)
     model.config.save_pretrained(out)
     loaded = type(model).from_pretrained(out)
 
-    assert ("model.lm_head.weight" in result["left_out"]) == tied
+    assert ("model.lm_head.weight" in result["left_out"]) == bool(options)
     assert len(result["files"]) > 3
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == result["num_bytes"]
@@ -133,13 +133,13 @@ def test_transformers_loads_a_sharded_export_and_computes_the_same(tmp_path, tie
     assert torch.equal(loaded(tokens).logits, model.eval()(tokens).logits)
 
 
-def test_a_tied_head_is_written_on_request_and_equal_zeros_are_never_taken_for_tied(tmp_path):
+def test_a_head_that_equals_the_embedding_is_left_out_on_request_alone_and_equal_zeros_never(tmp_path):
     zeros = {"x.lora_B.weight": torch.zeros(4, 4), "y.lora_B.weight": torch.zeros(4, 4)}
     head = torch.randn(5, 4)
     uri = save(tmp_path / "run", {**zeros, "embed_tokens.weight": head, "lm_head.weight": head.clone()})
 
-    run("export", uri, tmp_path / "once", "--format", "safetensors")
-    run("export", uri, tmp_path / "twice", "--format", "safetensors", "--keep-tied")
+    run("export", uri, tmp_path / "once", "--format", "safetensors", "--drop-tied")
+    run("export", uri, tmp_path / "twice", "--format", "safetensors")
 
     assert load_file(tmp_path / "once" / "model.safetensors").keys() == {*zeros, "embed_tokens.weight"}
     assert torch.equal(load_file(tmp_path / "twice" / "model.safetensors")["lm_head.weight"], head)

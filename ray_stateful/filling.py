@@ -70,22 +70,27 @@ def fill_strict(
     return Filled(part, value, tensors, sources, match.notes, is_partial=match.is_partial)
 
 
-def fill(part: Any, prefix: KeyPath, flat: Mapping[str, Any], run: Run, opened: OpenCheckpoint) -> Filled:
-    """Any other part: what was saved under `prefix`, structure and all."""
+def fill(
+    part: Any, prefix: KeyPath, template: Any, flat: Mapping[str, Any], run: Run, opened: OpenCheckpoint
+) -> Filled:
+    """Any other part: what was saved under `prefix`, structure and all; in the order of `template`, its value now."""
     templates = {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
     stored = {
         key: value_of(run.storage, opened.path, chunks[0])
         for key, chunks in opened.chunks.items()
         if chunks[0].dtype is None and chunks[0].path[: len(prefix)] == prefix
     }
-    value, tensors = parts.rebuild(opened, prefix, templates, stored)
+    value, tensors = parts.rebuild(opened, prefix, template, templates, stored)
     return Filled(part, value, tensors, {key: key for key in tensors})
 
 
 def fill_rank_part(
-    name: str, part: RankPart, flat: Mapping[str, Any], world: World, run: Run, opened: OpenCheckpoint
+    name: str, part: RankPart, template: Any, flat: Mapping[str, Any], world: World, run: Run, opened: OpenCheckpoint
 ) -> Filled:
     """A rank part: this rank's value, or at another world size those of all ranks.
+
+    Args:
+        template: This rank's present value.
 
     Raises:
         ResizeRefused: the part has no rule for this world size.
@@ -100,11 +105,12 @@ def fill_rank_part(
     if not len(steps) == len(saved) == world.saved_world_size or saved != list(range(len(saved))):
         raise DamagedCheckpoint(opened.path, f"{name!r} has entries {sorted(steps)[:8]}, not one for each rank")
     if not world.resized:
-        return fill(part, (name, layout.rank_key(world.rank)), flat, run, opened)
+        return fill(part, (name, layout.rank_key(world.rank)), template, flat, run, opened)
     part.check_resize(name, world)
     of_ranks = _of_ranks(name, opened)
     everyone = {
-        rank: fill(part, (name, layout.rank_key(rank)), {}, run, of_ranks[layout.rank_key(rank)]) for rank in saved
+        rank: fill(part, (name, layout.rank_key(rank)), template, {}, run, of_ranks[layout.rank_key(rank)])
+        for rank in saved
     }
     return Filled(
         part,

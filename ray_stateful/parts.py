@@ -8,6 +8,7 @@ the same on all ranks, which they tell each other before anything else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -102,13 +103,17 @@ def loading_order(state: State) -> list[str]:
 
 
 def rebuild(
-    opened: OpenCheckpoint, prefix: KeyPath, template: Mapping[str, torch.Tensor], stored: Mapping[str, Any]
+    opened: OpenCheckpoint,
+    prefix: KeyPath,
+    template: Any,
+    places: Mapping[str, torch.Tensor],
+    stored: Mapping[str, Any],
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """What was saved under `prefix`, with tensors still to be filled.
 
     Args:
-        template: The part's present tensors by flat key: those that fit are used as places, and keep device and
-            sharding.
+        template: The part's present value. Where it has a dict above a tensor, what is rebuilt has its order.
+        places: The part's present tensors by flat key: those that fit are used as places, and keep device and sharding.
         stored: The values of entries that are not tensors, by flat key.
 
     Returns:
@@ -119,6 +124,7 @@ def rebuild(
     trees = {row.path: row for row in opened.trees.values() if row.path[: len(prefix)] == prefix}
     # Compared as text: DCP's own paths have "1" where the tree has the int.
     below = {tuple(map(str, path)) for path in trees}
+    whole = {path[len(prefix) :] for path in trees}
     for path, row in trees.items():
         nested = put(nested, path[len(prefix) :], tree_value(opened, row))
     for key, chunks in sorted(opened.chunks.items(), key=lambda entry: _order(entry[1][0].path)):
@@ -127,10 +133,11 @@ def rebuild(
             continue
         if chunks[0].dtype is None:
             nested = put(nested, path[len(prefix) :], stored[key])
+            whole.add(path[len(prefix) :])
             continue
-        tensors[key] = _place(chunks[0], template.get(key))
+        tensors[key] = _place(chunks[0], places.get(key))
         nested = put(nested, path[len(prefix) :], tensors[key])
-    return nested, tensors
+    return _in_order_of(template, nested, whole, ()), tensors
 
 
 def tree_value(opened: OpenCheckpoint, row: StoredChunk) -> Any:
@@ -161,6 +168,19 @@ def _names_digest(state: State) -> int:
 def _of_part(part: Any, rank: int) -> Any:
     value = part.state_dict()
     return PerRank({layout.rank_key(rank): value}) if isinstance(part, RankPart) else value
+
+
+def _in_order_of(template: Any, value: Any, whole: Set[KeyPath], path: KeyPath) -> Any:
+    # An index is sorted by key, and a part may go by the order of its dict. What was saved whole has its own.
+    if path in whole:
+        return value
+    if isinstance(value, dict) and isinstance(template, Mapping):
+        keys = [*(key for key in template if key in value), *(key for key in value if key not in template)]
+        return {key: _in_order_of(template.get(key), value[key], whole, (*path, key)) for key in keys}
+    if isinstance(value, list) and isinstance(template, list):
+        pairs = zip_longest(template, value)
+        return [_in_order_of(like, item, whole, (*path, at)) for at, (like, item) in enumerate(pairs)][: len(value)]
+    return value
 
 
 def _is_below(path: KeyPath, trees: Set[tuple[str, ...]]) -> bool:

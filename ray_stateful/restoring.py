@@ -172,9 +172,10 @@ def _match(
                 elif problem := problem_of_kind(name, part, (planner.mappings[key] for key in mine), opened):
                     problems.append(problem)
                 elif isinstance(part, RankPart):
-                    filled[name] = fill_rank_part(name, part, mine, world, run, opened)
+                    own = template[name][layout.rank_key(ranks.rank)]
+                    filled[name] = fill_rank_part(name, part, own, mine, world, run, opened)
                 else:
-                    filled[name] = fill(part, (name,), mine, run, opened)
+                    filled[name] = fill(part, (name,), template[name], mine, run, opened)
             except ResizeRefused as error:
                 refusals.append(error)
             if name in filled:

@@ -84,6 +84,31 @@ def test_any_structure_comes_back_as_it_was(tmp_path):
     assert_same(fresh.value, value)
 
 
+class Ordered(Part):
+    "A part that goes by the order of its dict, as a torch optimizer does."
+
+    def load_state_dict(self, value):
+        for mine, theirs in zip(self.value.values(), value.values(), strict=True):
+            mine.copy_(theirs)
+
+
+def test_a_dict_above_tensors_comes_back_in_the_order_that_the_part_has(tmp_path):
+    saved = {"weight": torch.ones(1), "bias": torch.zeros(1), "a": torch.full((1,), 2.0)}
+    layered = {"z": [{"y": torch.ones(1), "x": 1}, 3], "m": {"b": 1, "a": 2}, "c": torch.ones(1), "new": 5}
+    checkpoint.save({"ordered": Part(saved), "layered": Part(layered)}, step=1, run=str(tmp_path))
+    ordered = Ordered({name: torch.full((1,), 9.0) for name in saved})
+    fresh = Part({"c": torch.zeros(1), "z": [{"y": torch.zeros(1), "x": 0}], "m": {"a": 0, "b": 0}, "gone": 1})
+
+    checkpoint.restore({"ordered": ordered, "layered": fresh}, run=str(tmp_path))
+
+    assert ordered.value == saved
+    assert_same(fresh.value, layered)
+    assert list(fresh.value) == ["c", "z", "m", "new"]
+    assert list(fresh.value["z"][0]) == ["y", "x"]
+    # Without a tensor in it, it was saved whole, order and all.
+    assert list(fresh.value["m"]) == ["b", "a"]
+
+
 def test_a_tensor_of_one_element_may_have_any_stride_and_one_that_is_negated_is_saved_as_it_shows(tmp_path):
     number = torch.tensor([1 + 2j, 3 - 4j]).conj()
     saved = {"part": number.imag[:1], "whole": number, "cut": torch.arange(6.0).reshape(2, 3)[:1, ::2][:, :1]}

@@ -40,7 +40,7 @@ def test_values_of_many_ranks_are_found_without_going_through_all_for_each(tmp_p
     run = DirectoryRun(storage, str(tmp_path), str(tmp_path))
     world = World(saved_world_size=200, world_size=1, rank=0, step=1)
 
-    filled = filling.fill_rank_part("stream", victim.PerRank(0), {}, world, run, opened)
+    filled = filling.fill_rank_part("stream", victim.PerRank(0), None, {}, world, run, opened)
 
     assert filled.value == {rank: {"number": 7} if rank != 3 else {"number": 7, "tree": [1]} for rank in range(200)}
     assert chunks.times + trees.times < 10

@@ -40,12 +40,12 @@ def measure(call: Callable[[], object], server: S3Server | None = None) -> Cost:
     dist.barrier()
     if is_first and server is not None:
         server.take_stats()
-    before, resident = _io(), _reset_peak()
+    before, resident = _io(), reset_peak()
     dist.barrier()
     began = time.perf_counter()
     call()
     seconds = time.perf_counter() - began
-    peak = _memory("VmHWM") - resident
+    peak = memory_of("VmHWM") - resident
     after = _io()
     dist.barrier()
     moved = [after[name] - before[name] for name in ("rchar", "wchar", "syscr")]
@@ -132,14 +132,14 @@ def _io() -> dict[str, int]:
         return {name: int(value) for name, value in (line.split(": ") for line in file)}
 
 
-def _memory(name: str) -> int:
+def memory_of(name: str) -> int:
     with open("/proc/self/status") as file:
         found = re.search(rf"{name}:\s*(\d+) kB", file.read())
     return int(found[1]) * 1024 if found else 0
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Forget the highest memory so far; returns what is resident now."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
-    return _memory("VmRSS")
+    return memory_of("VmRSS")

@@ -144,13 +144,15 @@ def _resizes(content: Content) -> str:
 
 def _planning(content: Content) -> str:
     lines = [
-        "| ranks | entries a rank | first save, rank 0 | sent | later saves, each rank | sent | index | decoded in |",
-        "|---|---|---|---|---|---|---|---|",
+        "| ranks | first plan, rank 0 | sent | later plans, each rank | sent | first commit, rank 0 | later commits"
+        " | index | opened in | and memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['num_ranks']} | {row['items_a_rank']:,} | {row['cold_s']:.0f} s | {row['cold_bytes'] / 1e6:,.0f} MB"
-        f" | {row['warm_s'] * 1e3:.0f} ms | {row['warm_bytes']:,} B | {row['index_bytes'] / 1e6:,.0f} MB"
-        f" | {row['decode_s']:.1f} s |"
+        f"| {row['num_ranks']:,} | {row['cold_s']:.0f} s | {row['cold_bytes'] / 1e6:,.0f} MB"
+        f" | {row['warm_s'] * 1e3:.0f} ms | {row['warm_bytes']:,} B"
+        f" | {row['commit_s']:.0f} s | {row['commit_again_s']:.1f} s | {row['index_bytes'] / 1e6:,.0f} MB"
+        f" | {row['open_s']:.1f} s | {row['open_peak_bytes'] / 1e6:,.0f} MB |"
         for row in content["rows"]
         if row["part"] == "planning"
     ]

@@ -8,7 +8,7 @@ import pyarrow.fs
 import pytest
 
 from benchmarks import __main__ as main
-from benchmarks import limits, page, planning, s3_server
+from benchmarks import committing, limits, page, planning, s3_server
 from benchmarks.measuring import Ratio, ratio
 from benchmarks.peers import Place
 from benchmarks.settings import QUICK
@@ -89,6 +89,14 @@ def test_a_plan_that_is_known_is_found_without_sending_more_for_more_parameters(
     assert row["items_sent_a_rank"] == pytest.approx(row["items_a_rank"] * (3 + 11 / 2 + 1) / 15, abs=2)
     assert row["warm_bytes"] == 2 * 24
     assert row["warm_s"] < row["cold_s"]
+
+
+def test_the_checkpoint_of_many_ranks_can_be_committed_and_opened():
+    row = committing.run(2)
+
+    assert row["index_bytes"] > 100e6  # most of it checksums, which do not depend on the number of ranks
+    assert row["open_peak_bytes"] > row["index_bytes"]
+    assert 0 < row["commit_again_s"] < row["commit_s"]
 
 
 def test_a_ratio_is_the_middle_of_the_pairs():

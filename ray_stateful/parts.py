@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.format import layout, values
 from ray_stateful.format.checksums import checksum
+from ray_stateful.format.manifest import MAX_TEXT_LENGTH
 from ray_stateful.format.rows import KeyPath, StoredChunk
 from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.states.part import RankPart
@@ -49,6 +50,9 @@ def check_name(name: Any) -> None:
     """Refuse what can't be the name of a part: `UnsupportedState`."""
     if not isinstance(name, str) or not name or "." in name or name.startswith("$") or not _is_text(name):
         raise UnsupportedState(ascii(name), "a part of this name", "use a name without dots")
+    if len(name) > MAX_TEXT_LENGTH:
+        found = f"a part whose name has {len(name):,} characters"
+        raise UnsupportedState(f"{name[:40]!a}...", found, f"use a name of {MAX_TEXT_LENGTH:,} at most")
 
 
 def collect(state: State, rank: int, outcome: Outcome) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ray_stateful.format.strict_json import strict_json
 
 MAX_BYTES = 2**62
 MAX_FILES = 1 << 20
+MAX_TEXT_LENGTH = 4095
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,7 @@ def _checksum_of(body: Mapping[str, Any]) -> str:
 
 
 def _strings(values: Any) -> bool:
-    return all(type(value) is str and len(value) < 4096 for value in values)
+    return all(type(value) is str and len(value) <= MAX_TEXT_LENGTH for value in values)
 
 
 def _is_mesh(mesh: Any) -> bool:

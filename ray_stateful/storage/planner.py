@@ -28,7 +28,7 @@ from ray_stateful.format.checksums import checksum
 from ray_stateful.format.chunks import Box, coverage_problems
 from ray_stateful.format.dtypes import ITEM_BYTES, dtype_name
 from ray_stateful.format.layout import is_of_one_rank
-from ray_stateful.format.rows import KeyPath
+from ray_stateful.format.rows import MAX_PATH_LENGTH, KeyPath
 from ray_stateful.storage.assignment import SMALL_BYTES, ListingPlan, ValueWriteData, assign, lengths_of
 from ray_stateful.storage.staging import StagedTensors, Staging
 from ray_stateful.storage.structure import flatten, is_tensor, refuse_wrapper, two_of
@@ -60,7 +60,11 @@ class BalancedSavePlanner(DefaultSavePlanner):
         paths, leaves, trees = flatten(state_dict)
         self._paths = paths
         # DCP has an entry for each leaf of a tree as well; all else is flattened by now, as it would do it.
-        super().set_up_planner(trees, storage_meta, is_coordinator)
+        try:
+            super().set_up_planner(trees, storage_meta, is_coordinator)
+        except ValueError as error:
+            key = str(error).removeprefix("duplicated flatten key ")
+            raise (two_of(key) if key != str(error) else error) from error
         for key in self.state_dict.keys() & leaves.keys():
             raise two_of(key)
         self.state_dict = {**leaves, **self.state_dict}
@@ -68,7 +72,7 @@ class BalancedSavePlanner(DefaultSavePlanner):
         below = {key: (*paths[str(steps[0])], *steps[1:]) for key, steps in self.mappings.items()}
         self.mappings = {**{key: paths[key] for key in leaves}, **below}
         for key, value in self.state_dict.items():
-            _refuse_unsupported(key, value)
+            _refuse_unsupported(key, self.mappings[key], value)
         # Encoded here and not when they are written: by then, training may have changed them.
         self.encoded = {
             key: values.encode(value, key) for key, value in self.state_dict.items() if not is_tensor(value)
@@ -176,7 +180,10 @@ def _is_empty_shard(item: WriteItem) -> bool:
     return data is not None and math.prod(data.chunk.sizes) == 0 and math.prod(data.size) > 0
 
 
-def _refuse_unsupported(key: str, value: Any) -> None:
+def _refuse_unsupported(key: str, path: KeyPath, value: Any) -> None:
+    if len(path) > MAX_PATH_LENGTH:
+        found = f"an entry {len(path)} levels deep, of which an index has {MAX_PATH_LENGTH},"
+        raise UnsupportedState(key, found, "flatten it")
     if not key.isascii() and _LONE_HALF.search(key) is not None:
         raise UnsupportedState(ascii(key), "an entry of this name, which is no valid text,", "use another name")
     if not isinstance(value, torch.Tensor):

@@ -50,7 +50,7 @@ def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, KeyPath], dict[str
 
 def two_of(key: str) -> UnsupportedState:
     """The error of two entries that are one by their flat keys."""
-    return UnsupportedState(key, "one of two entries of this name", "name them so that dots do not make them one")
+    return UnsupportedState(key, "one of two entries of this name", "name them apart, as texts joined by dots")
 
 
 def put(nested: Any, path: KeyPath, value: Any) -> Any:

@@ -23,7 +23,7 @@ from ray_stateful.checkpoint import Saving
 from ray_stateful.checkpoint import restore as _restore
 from ray_stateful.decisions import Decision, Reason, decide
 from ray_stateful.errors import SaveFailed
-from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Ranks, current_rank
+from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Ranks, current_rank, world
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.runs import Run
 from ray_stateful.storage.plan_cache import PlanCache
@@ -103,6 +103,7 @@ class Checkpointer:
         self._soft_fail = soft_fail
         self._run = ray_train.find_run(run)
         self._num_files, self._limits, self._timeout_s = num_files, limits, timeout_s
+        self._world = world()
         self._ranks = Ranks.of_world(timeout_s)
         # A group of its own for each: the threads of two savers would meet in one in any order.
         own = f"background {next(_numbers)}"
@@ -134,6 +135,7 @@ class Checkpointer:
             if self._background is not None:
                 self._background.leave()
             return
+        self._check_world()
         decision = self._agree(Reason.END | self._request_wish())
         self.wait()
         is_due = self._at_end or self._postponed or bool(decision.reasons & Reason.REQUEST)
@@ -151,6 +153,7 @@ class Checkpointer:
         `ray_stateful.restore` takes, and raises what it raises. A background save in flight is waited for first, as
         by `wait`.
         """
+        self._check_world()
         self.wait()
         report = _restore(
             self.state,
@@ -177,10 +180,12 @@ class Checkpointer:
 
         Raises:
             UnevenSteps: ranks have come to a different number of steps; on every rank.
+            UnmatchedCalls: some rank is in another call than a step; on every rank.
             SaveFailed: on every rank, at the save after `soft_fail` failed ones.
             ReportFailed, RankTimeout: as `ray_stateful.save`; not forgiven by `soft_fail`.
             RankFailed: as `wait`.
         """
+        self._check_world()
         self.step_count += 1
         self._metrics = metrics
         for name in sorted(self.state):
@@ -210,6 +215,7 @@ class Checkpointer:
 
     def save(self, metrics: Mapping[str, Any] | None = None) -> SaveReport:
         """Save now. Collective. Raises what `ray_stateful.save` raises."""
+        self._check_world()
         self.wait()
         self._postponed, self._taken = False, self._request
         saving = self._saving(metrics)
@@ -237,6 +243,16 @@ class Checkpointer:
         If that save fails, and `soft_fail` forgives it, it is tried again at the next boundary.
         """
         self._request = object()
+
+    def _check_world(self) -> None:
+        # One that is made before the group is a world of one for good: each rank would commit a checkpoint of its own.
+        if world() is not self._world:
+            made = "without a process group" if self._world is None else "in a process group"
+            now = "without one" if world() is None else "in one" if self._world is None else "in another one"
+            raise RuntimeError(
+                f"this Checkpointer was made {made}, and this process is {now} by now; make it after"
+                " init_process_group(), and call destroy_process_group() after its `with` block"
+            )
 
     def _wishes(self) -> Reason:
         """What this rank would like, of its own knowledge."""

@@ -15,7 +15,8 @@
     ├── StorageError                  a storage operation failed for good
     ├── RankFailed                    another rank failed in a phase that all ranks share
     ├── RankTimeout                   a rank did not arrive at a collective before its deadline
-    └── UnevenSteps                   ranks came to a save at different steps
+    ├── UnevenSteps                   ranks came to a save at different steps
+    └── UnmatchedCalls                ranks made different calls at the same time
 
 All errors survive pickling: Ray sends them from worker to driver. `BaseException.__new__` keeps the
 positional arguments in `args`, and that is what unpickling calls the class with; so constructors here
@@ -43,6 +44,7 @@ __all__ = [
     "StorageError",
     "UnevenSteps",
     "UnknownFormat",
+    "UnmatchedCalls",
     "UnsupportedState",
 ]
 
@@ -228,3 +230,17 @@ class UnevenSteps(CheckpointError):
     def __str__(self) -> str:
         counts = ", ".join(f"rank {rank} at step {step}" for rank, step in sorted(self.steps.items()))
         return f"ranks are at different steps: {counts}; give every rank the same number of batches"
+
+
+class UnmatchedCalls(CheckpointError):
+    """Ranks made different calls, of which each has to be made by all of them. Raised on every rank."""
+
+    def __init__(self, phases: dict[int, str]) -> None:
+        self.phases = phases
+
+    def __str__(self) -> str:
+        found = ", ".join(f"rank {rank} to {phase}" for rank, phase in sorted(self.phases.items()))
+        return (
+            f"ranks do not do the same: {found}; every rank makes the same calls of step, save, wait and restore in the"
+            " same order, and comes to the end of the `with` block with the others"
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import pickle
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,13 +23,16 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_stateful import collector
-from ray_stateful.errors import DamagedCheckpoint, RankFailed, RankTimeout
+from ray_stateful.errors import DamagedCheckpoint, RankFailed, RankTimeout, UnmatchedCalls
 
 T = TypeVar("T")
 
 # As long as torch's own for a process group. Longer than what storage takes to give up: see RetryPolicy.within.
 DEFAULT_TIMEOUT_S = 1800.0
 
+
+# Of a row of integers, unless it is longer: gloo ends the process where two ranks come with rows of different lengths.
+_ROW_WIDTH = 8
 
 # Seconds at the end of a process that has groups.
 _LET_GO_S = 0.2
@@ -37,6 +41,11 @@ _LET_GO_S = 0.2
 def current_rank() -> int:
     """This process's rank in the default process group; 0 without one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world() -> dist.ProcessGroup | None:
+    """The default process group; `None` without one."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def device_of(group: dist.ProcessGroup | None = None) -> str:
@@ -147,14 +156,23 @@ class Ranks:
         return into[0]  # type: ignore[no-any-return]  # rank 0 gave Ts
 
     def all_gather_ints(self, phase: str, values: list[int]) -> list[list[int]]:
-        """Everyone's `values`, equally many 64-bit integers a rank: one small collective, no pickling."""
+        """Everyone's `values`, equally many 64-bit integers a rank: one small collective, no pickling.
+
+        Raises:
+            UnmatchedCalls: on every rank, as some of them are in another phase. What a rank does first for a save, a
+                restore or a step is to gather a few integers, so that calls which do not match are found out there.
+        """
         if self.group is None:
             return [list(values)]
         # Said wherever host memory is meant: torch.set_default_device() may have made another device the default.
-        mine = torch.tensor(values, dtype=torch.int64, device="cpu")
+        row = [zlib.crc32(phase.encode()), *values]
+        mine = torch.tensor(row + [0] * (_ROW_WIDTH - len(row)), dtype=torch.int64, device="cpu")
         into = [torch.empty_like(mine) for _ in range(self.world_size)]
         self.within_deadline(phase, lambda: dist.all_gather(into, mine, group=self.group))
-        return [row.tolist() for row in into]
+        rows = [found.tolist() for found in into]
+        if any(found[0] != row[0] for found in rows):
+            raise UnmatchedCalls(dict(enumerate(self.all_gather("compare calls", phase))))
+        return [found[1 : len(row)] for found in rows]
 
     def failures(self, phase: str, outcome: Outcome) -> dict[int, Failure]:
         """What went wrong on every rank that failed; empty when all succeeded. The same on every rank."""

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ray_stateful import Checkpointer, save_requests
+from ray_stateful import Checkpointer, checkpoint, save_requests
 from ray_stateful.decisions import Decision, Reason, decide
-from ray_stateful.errors import SaveFailed, UnevenSteps
-from ray_stateful.ranks import Ranks
+from ray_stateful.errors import SaveFailed, UnevenSteps, UnmatchedCalls
+from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage import opening
 from ray_stateful.storage.uris import resolve
@@ -70,6 +70,55 @@ def test_saves_at_intervals_on_one_ranks_request_and_at_the_end_and_goes_on_coun
     assert all(torch.equal(outcome[3]["weight"], torch.full((4,), float(sum(range(10))))) for outcome in second)
     # The end was at step 9, which was saved already.
     assert steps_saved(tmp_path) == [3, 5, 6, 7, 9]
+
+
+def calls_that_do_not_match(run):
+    """What this rank is told when rank 1 makes another call than the others do."""
+    told = []
+    for call in ("save", "restore", "wait", "a save of its own"):
+        saver = Checkpointer({"counter": Counter()}, run=run, timeout_s=20)
+        calls = {
+            "save": saver.save,
+            "restore": saver.restore,
+            "wait": lambda: Ranks.of_world(20).failures("end a background save", Outcome()),
+            "a save of its own": lambda: checkpoint.save({"counter": Counter()}, step=1, run=run, timeout_s=20),
+        }
+        try:
+            (calls[call] if dist.get_rank() == 1 else saver.step)()
+        except UnmatchedCalls as error:
+            told.append(error.phases)
+    return told
+
+
+def test_calls_that_do_not_match_are_an_error_on_every_rank_that_names_them_all(tmp_path):
+    outcomes = run_ranks(3, calls_that_do_not_match, str(tmp_path))
+
+    step = "decide whether to save"
+    others = ["agree on the step", "compare parts", "end a background save", "agree on the step"]
+    assert outcomes == [[{0: step, 1: other, 2: step} for other in others]] * 3
+    assert steps_saved(tmp_path) == []
+
+
+def without_its_group(run):
+    """A saver outlives its group, and one that was made without a group finds itself in one."""
+    saver = Checkpointer({"counter": Counter()}, run=run, timeout_s=20)
+    saver.step()
+    dist.barrier()
+    rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match="made in a process group, and this process is without one"):
+        saver.__exit__(None, None, None)
+    saver = Checkpointer({"counter": Counter()}, run=run, timeout_s=20)
+    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=2)
+    for call in (saver.step, saver.save, saver.restore):
+        with pytest.raises(RuntimeError, match="made without a process group, and this process is in one"):
+            call()
+    dist.barrier()
+
+
+def test_a_saver_is_refused_in_another_process_group_than_it_was_made_in(tmp_path):
+    assert run_ranks(2, without_its_group, str(tmp_path)) == [None, None]
+    assert steps_saved(tmp_path) == []
 
 
 def uneven(run):

@@ -150,7 +150,9 @@ class Saving:
             if not 0 <= step <= MAX_STEP:
                 raise ValueError(f"step is {step}; a checkpoint's name has room for 0 to {MAX_STEP:,}")
             check_num_files(num_files)
-        self._state, self._metrics, self._run = state, dict(metrics or {}), run
+        self._state, self._run = state, run
+        # As given: what is wrong with them is found by `collect`, which raises nothing on this rank alone.
+        self._metrics: Mapping[str, Any] = {} if metrics is None else metrics
         self._step, self._samples, self._num_files = step, samples, num_files
         self._plans = plans or PlanCache()
         self._planner = BalancedSavePlanner()
@@ -206,7 +208,7 @@ class Saving:
         shared: tuple[dict[str, str], dict[str, str]] = {}, {}
         with outcome.catch():
             if outcome.error is None:
-                self._prepared = run.prepare_report(self._metrics)
+                self._prepared = run.prepare_report(dict(self._metrics))
                 structure = structure_digest(planner.describe(), ranks.world_size)
                 shared = planner.shared_tensors(), planner.shared_values()
                 digests = [structure, *map(entries_digest, shared)]
@@ -485,7 +487,7 @@ def _report_late(run: Run, restored: ResumeReport, ranks: Ranks) -> None:
     outcome, prepared = Outcome(), None
     with outcome.catch():
         # Its metrics died with those who had them.
-        prepared = run.prepare_report({"step": restored.step})
+        prepared = run.prepare_report({**ray_train.unknown_score(), "step": restored.step})
     failures = ranks.failures("prepare a report", outcome)
     if not failures:
         _report(run, prepared, restored.checkpoint, ranks)

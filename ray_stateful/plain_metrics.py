@@ -14,8 +14,10 @@ def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """`metrics` with NumPy scalars and tensors of one value as Python numbers; NaN and infinities are floats.
 
     Raises:
-        ValueError: a metric has another kind of value; names it.
+        ValueError: a metric has another kind of value; names it. Or they are no mapping.
     """
+    if not isinstance(metrics, Mapping):
+        raise ValueError(f"metrics are a {type(metrics).__name__}; give a dict of numbers and strings by name")
     return {_key(key, "metrics"): _plain(value, str(key)) for key, value in metrics.items()}
 
 

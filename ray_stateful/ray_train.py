@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import posixpath
 import sys
@@ -236,6 +237,24 @@ def find_run(run: Run | str | os.PathLike[str] | None) -> Run:
         storage, path = resolve(uri)
         return DirectoryRun(storage, path, without_credentials(uri))
     return run
+
+
+def unknown_score() -> dict[str, float]:
+    """NaN as the metric by which Ray is to keep the best checkpoints: the worst. Nothing where it keeps the newest.
+
+    Without it Ray takes the score for minus infinity, and where the lowest is the best (`checkpoint_score_order`) for
+    plus infinity: the best for good.
+    """
+    if "ray.train" not in sys.modules:
+        return {}
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        config = get_train_context().train_run_context.run_config.checkpoint_config
+        name = None if config is None else config.checkpoint_score_attribute
+    except (ImportError, AttributeError, RuntimeError):  # another version of Ray; local mode; no worker
+        return {}
+    return {} if name is None else {name: math.nan}
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,24 @@ def test_saves_at_intervals_on_one_ranks_request_and_at_the_end_and_goes_on_coun
     assert steps_saved(tmp_path) == [3, 5, 6, 7, 9]
 
 
+def metrics_that_are_none(run, background):
+    saver = Checkpointer({"counter": Counter()}, every_n_steps=1, background=background, run=run, timeout_s=20)
+    try:
+        saver.step({"loss": 1.0} if dist.get_rank() == 0 else 1.0)
+        saver.wait()
+    except SaveFailed as error:
+        return error.causes
+
+
+def metrics_that_are_none_in_both_ways(run):
+    return [metrics_that_are_none(run, background) for background in (False, True)]
+
+
+def test_metrics_that_are_no_dict_on_one_rank_fail_the_save_on_every_rank(tmp_path):
+    why = "ValueError: metrics are a float; give a dict of numbers and strings by name"
+    assert run_ranks(2, metrics_that_are_none_in_both_ways, str(tmp_path)) == [[{1: why}] * 2] * 2
+
+
 def calls_that_do_not_match(run):
     """What this rank is told when rank 1 makes another call than the others do."""
     told = []

@@ -294,24 +294,27 @@ def _commit_without_a_report(config):
     run = ray_train.current_run()
     unheard = DirectoryRun(run.storage, run.path, run.uri)
     names = [save({"value": _Value(1)}, {"loss": 0.5}, step=1).name]
+    score = ray_train.unknown_score()
     names.append(save({"value": _Value(2)}, step=2, run=unheard).name)
     # The second time Ray's list may not have it yet; to report it again would be R4.
     steps = [restore({"value": _Value(0)}).step for _ in range(2)]
     names.append(save({"value": _Value(3)}, step=3, run=unheard).name)
     # On purpose, whatever the reason: that is not where the run is.
     steps.append(restore({"value": _Value(0)}, checkpoint=names[2]).step)
-    return names, steps
+    return names, steps, score
 
 
 def test_what_was_committed_and_never_reported_is_reported_once_when_the_run_goes_on_from_it(fit, tmp_path):
-    result = fit(_commit_without_a_report, trainer=TorchTrainer, checkpoint_config=CheckpointConfig(num_to_keep=1))
+    keep = CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="loss", checkpoint_score_order="min")
+    result = fit(_commit_without_a_report, trainer=TorchTrainer, checkpoint_config=keep)
 
-    names, steps = result.return_value
+    names, steps, score = result.return_value
     assert steps == [2, 2, 3]
     assert Path(result.checkpoint.path).name == names[1]
-    assert result.metrics == {"step": 2}
-    # Ray counts it: the one before it is deleted.
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint_s*")) == names[1:]
+    # Ray counts it, and takes it neither for the best one nor for one without a score.
+    assert [checkpoint.path.rpartition("/")[2] for checkpoint, _ in result.best_checkpoints] == [names[0]]
+    assert (list(score), list(result.metrics), result.metrics["step"]) == (["loss"], ["loss", "step"], 2)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint_s*")) == names
 
 
 def _in_local_mode(config):

@@ -14,6 +14,7 @@ from benchmarks.large_plans import entries_of_model, plans_to_send, shared_by_al
 from benchmarks.measuring import Ratio
 from benchmarks.settings import Settings
 from ray_stateful import collector
+from ray_stateful.ranks import ROW_BYTES
 from ray_stateful.storage.assignment import left_out
 from ray_stateful.storage.plan_cache import PlanCache, agree, entries_digest, structure_digest
 from ray_stateful.storage.planner import BalancedSavePlanner
@@ -40,7 +41,7 @@ def run(settings: Settings) -> tuple[list[Row], list[Ratio]]:
     return rows, [
         Ratio("planning.warm_vs_cold", speed_ups[-1], min(speed_ups), max(speed_ups)),
         Ratio("planning.warm_growth_with_ranks", growth, growth, growth),
-        Ratio("planning.warm_bytes_a_rank", sent[-1], min(sent), max(sent), 24, at_most=True),
+        Ratio("planning.warm_bytes_a_rank", sent[-1], min(sent), max(sent), ROW_BYTES, at_most=True),
     ]
 
 
@@ -92,7 +93,7 @@ def _plan(num_ranks: int) -> Row:
         "global_plan_s": global_s,
         "cold_bytes": num_bytes,
         "warm_s": warm_s,
-        "warm_bytes": 8 * len(mine) * num_ranks,
+        "warm_bytes": ROW_BYTES * num_ranks,
     }
 
 

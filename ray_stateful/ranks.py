@@ -32,7 +32,7 @@ DEFAULT_TIMEOUT_S = 1800.0
 
 
 # Of a row of integers, unless it is longer: gloo ends the process where two ranks come with rows of different lengths.
-_ROW_WIDTH = 8
+ROW_BYTES = 64
 
 # Seconds at the end of a process that has groups.
 _LET_GO_S = 0.2
@@ -166,7 +166,7 @@ class Ranks:
             return [list(values)]
         # Said wherever host memory is meant: torch.set_default_device() may have made another device the default.
         row = [zlib.crc32(phase.encode()), *values]
-        mine = torch.tensor(row + [0] * (_ROW_WIDTH - len(row)), dtype=torch.int64, device="cpu")
+        mine = torch.tensor(row + [0] * (ROW_BYTES // 8 - len(row)), dtype=torch.int64, device="cpu")
         into = [torch.empty_like(mine) for _ in range(self.world_size)]
         self.within_deadline(phase, lambda: dist.all_gather(into, mine, group=self.group))
         rows = [found.tolist() for found in into]

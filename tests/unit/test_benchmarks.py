@@ -87,7 +87,7 @@ def test_a_plan_that_is_known_is_found_without_sending_more_for_more_parameters(
     assert row["items_a_rank"] > 10_000
     # Of a parameter's fifteen entries three are shards, eleven are dealt out, and the last rank has all counters.
     assert row["items_sent_a_rank"] == pytest.approx(row["items_a_rank"] * (3 + 11 / 2 + 1) / 15, abs=2)
-    assert row["warm_bytes"] == 2 * 24
+    assert row["warm_bytes"] == 2 * 64
     assert row["warm_s"] < row["cold_s"]
 
 

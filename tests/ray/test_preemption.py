@@ -91,7 +91,7 @@ class _DeadlyStorage(FaultyStorage):
 
     def open_sink(self, path):
         if ray.train.get_context().get_world_rank() == 1 and self.counts()["open_sink"]:
-            required, pause = get_train_context().synchronization_actor.get_required_ranks, threading.Event()
+            required, pause = get_train_context().get_synchronization_actor().get_required_ranks, threading.Event()
             for _ in range(int(DRAIN_S / 0.05)):
                 if ray.get(required.remote()) == [0] and Path(path).with_name("__0_0.distcp").exists():
                     os.kill(os.getpid(), signal.SIGKILL)

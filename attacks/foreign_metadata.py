@@ -379,3 +379,9 @@ def position_before_the_first(workshop):
 def name_that_commands_the_terminal(workshop):
     """A module's name clears the screen when the message that refuses it is printed."""
     metadata_is(workshop, assemble(text("\x1b[2Jos"), text("system"), pickle.STACK_GLOBAL))
+
+
+@attack(foreign=True)
+def metadata_of_empty_lists(workshop):
+    """Twelve million empty lists in twelve megabytes of metadata."""
+    metadata_is(workshop, assemble(pickle.EMPTY_LIST, pickle.MARK, pickle.EMPTY_LIST * 12_000_000, pickle.APPENDS))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import random
 
 import pyarrow as pa
 
@@ -381,3 +383,39 @@ def paths_of_one_hash(workshop):
     workshop.manifest(lambda body: body.update(parts=[]))
     pairs = pairs_of_one_hash(40_000)
     many(workshop, *(("thing.name", tuple(map(IntKey, pair)), {"value": "1"}) for pair in pairs))
+
+
+@attack
+def chunks_of_four_million_corners(workshop):
+    """Sixteen thousand boxes, cut along eight dims, of 256 corners each, which are added up to see whether they fit."""
+    place, file, num_bytes, number = random.Random(0), "__9_0.distcp", 1 << 32, 1 << 14
+    (workshop.directory / file).touch()
+    os.truncate(workshop.directory / file, num_bytes)
+    workshop.manifest(lambda body: body["files"].update({file: {"size": num_bytes, "xxh3": "0" * 16}}))
+    each = num_bytes // number
+    boxes = {}
+    while len(boxes) < number:
+        small = place.sample(range(8), 6)
+        sizes = tuple(4 if dim in small else 8 for dim in range(8))
+        boxes.setdefault(tuple(place.randrange(17 - size) for size in sizes), sizes)
+    many(
+        workshop,
+        *(
+            (
+                "thing.weights",
+                ("thing", "cut"),
+                {
+                    "dtype": "uint8",
+                    "shape": (16,) * 8,
+                    "box": Box(offsets, sizes),
+                    "file": file,
+                    "item_offset": at * each,
+                    "data_offset": at * each,
+                    "item_length": each,
+                    "block_bytes": 1 << 16,
+                    "checksums": bytes(8 * each >> 16),
+                },
+            )
+            for at, (offsets, sizes) in enumerate(boxes.items())
+        ),
+    )

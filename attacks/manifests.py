@@ -174,3 +174,9 @@ def manifest_that_is_a_list(workshop):
 def manifest_of_two_billion_ranks(workshop):
     """So many ranks saved, it says, that a list of them takes all memory."""
     workshop.manifest(lambda body: body.update(world_size=2 * 10**9))
+
+
+@attack
+def manifest_of_empty_lists(workshop):
+    """Twenty million empty lists in sixty megabytes of a manifest."""
+    raw(workshop, b'{"format":1,"parts":[' + b"[]," * 20_000_000 + b"[]]}")

@@ -171,3 +171,9 @@ def value_that_divides_by_zero(workshop):
     """Two NumPy times in a set, one in units of no seconds: to compare them is a division, and ends the process."""
     data = base64.b64encode(bytes(8)).decode()
     value_is(workshop, {"$set": [{"$numpy": ["<M8[0s]", data]}, {"$numpy": ["<M8[s]", data]}]})
+
+
+@attack
+def value_of_empty_lists(workshop):
+    """Fifteen million empty lists in a value of forty-five megabytes."""
+    value_is(workshop, "[" + "[]," * 15_000_000 + "[]]")

@@ -147,3 +147,9 @@ class _Touch:
 
 def _pickle(workshop: Any) -> bytes:
     return pickle.dumps(_Touch(str(workshop.canary)))
+
+
+@attack(initial=True)
+def header_of_empty_lists(workshop):
+    """Fifteen million empty lists in a header of forty-five megabytes."""
+    write(workshop, b'{"a":[' + b"[]," * 15_000_000 + b"[]]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 
 from ray_stateful.cli.rendering import age, size
 from ray_stateful.format.dtypes import ITEM_BYTES
@@ -87,22 +88,17 @@ def heading(opened: OpenCheckpoint, where: str) -> Iterator[str]:
 
 def lines(found: Sequence[Summary]) -> Iterator[str]:
     """The entries as a tree: each name once, with the bytes below it."""
-    sums: dict[tuple[str, ...], int] = {}
-    for one in found:
-        path = tuple(_steps(one))
-        for depth in range(1, len(path) + 1):
-            sums[path[:depth]] = sums.get(path[:depth], 0) + one.num_bytes
-    shown: tuple[str, ...] = ()
-    for one in sorted(found, key=_steps):
-        path = tuple(_steps(one))
-        common = next(
-            (n for n, (a, b) in enumerate(zip(shown, path, strict=False)) if a != b), min(len(shown), len(path))
-        )
-        for depth in range(common + 1, len(path)):
-            yield f"{'  ' * (depth - 1)}{path[depth - 1]}  ({size(sums[path[:depth]])})"
+    ordered = sorted(((_steps(one), one) for one in found), key=lambda entry: entry[0])
+    paths = [path for path, _ in ordered]
+    # How many steps each shares with the one before it. What is below a step stands in a row: its beginnings are not
+    # kept, of which a name of many dots has many.
+    common = [_num_common(*pair) for pair in pairwise([[], *paths])]
+    for at, (path, one) in enumerate(ordered):
+        for depth in range(common[at] + 1, len(path)):
+            num_bytes = _bytes_below(ordered, common, at, depth)
+            yield f"{'  ' * (depth - 1)}{path[depth - 1]}  ({size(num_bytes)})"
         what = f"{one.dtype} {one.shape_text}, {one.chunks_text}" if one.dtype else one.shape_text
         yield f"{'  ' * (len(path) - 1)}{path[-1]}  {what}"
-        shown = path
 
 
 def chunk_lines(opened: OpenCheckpoint, one: Summary) -> Iterator[str]:
@@ -151,6 +147,18 @@ def _writer(file: str) -> int | None:
     """The rank in the name of an item file: `__3_0.distcp`."""
     text = file.removeprefix("__").partition("_")[0]
     return int(text) if file.startswith("__") and text.isdigit() else None
+
+
+def _num_common(first: list[str], second: list[str]) -> int:
+    """How many steps two paths share from the beginning."""
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return sum(1 for _ in shared)
+
+
+def _bytes_below(ordered: Sequence[tuple[list[str], Summary]], common: Sequence[int], first: int, depth: int) -> int:
+    """The bytes of the entries from `first` that share its first `depth` steps."""
+    others = takewhile(lambda at: common[at] >= depth, range(first + 1, len(ordered)))
+    return sum(ordered[at][1].num_bytes for at in (first, *others))
 
 
 def _steps(one: Summary) -> list[str]:

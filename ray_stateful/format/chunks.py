@@ -15,6 +15,8 @@ from itertools import chain, combinations, islice, pairwise, product
 Ints = tuple[int, ...]
 
 _MAX_CUT_DIMS = 8
+# Of all boxes of a tensor, where they are cut: some 200 bytes each while they are added up.
+_MAX_CORNERS = 1 << 20
 _MAX_PROBLEMS = 10
 _MAX_COMPARED = 200
 
@@ -117,6 +119,10 @@ def coverage_problems(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
     cut = [dim for dim, size in enumerate(shape) if any(box.sizes[dim] != size for box in solid)]
     if len(cut) > _MAX_CUT_DIMS:
         return [f"shape {tuple(shape)} is cut along {len(cut)} dims; no mesh has more than {_MAX_CUT_DIMS}"]
+    if len(solid) << len(cut) > _MAX_CORNERS:
+        return [
+            f"shape {tuple(shape)} is cut along {len(cut)} dims into {len(solid):,} chunks, more than any mesh does"
+        ]
     covered, volume = sum(box.num_elements for box in solid), math.prod(shape)
     if covered == volume and _is_tiling(shape, solid, cut):
         return []

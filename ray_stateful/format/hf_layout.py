@@ -30,6 +30,9 @@ METADATA = "__metadata__"
 # The library's own limit.
 MAX_HEADER_BYTES = 100_000_000
 
+# A tensor has three, in some 60.
+_MIN_ENTRY_BYTES = 16
+
 DTYPES = {
     "bfloat16": "BF16",
     "bool": "BOOL",
@@ -127,7 +130,7 @@ def parse_header(text: bytes, file_bytes: int, where: str) -> list[Weight]:
         HostileCheckpoint: they do not lie one behind the other in the file, or are of an unknown dtype.
     """
     try:
-        entries = strict_json(text)
+        entries = strict_json(text, _MIN_ENTRY_BYTES)
         weights = [
             (_weight(name, entry), *entry["data_offsets"]) for name, entry in entries.items() if name != METADATA
         ]
@@ -175,7 +178,7 @@ def weight_map(text: bytes, where: str) -> dict[str, str]:
         HostileCheckpoint: it is none, or names files outside of its directory.
     """
     try:
-        found = strict_json(text)["weight_map"]
+        found = strict_json(text, _MIN_ENTRY_BYTES)["weight_map"]
         names = set(found.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HostileCheckpoint(where, f"is not an index of safetensors: {type(error).__name__}: {error}") from error

@@ -16,6 +16,7 @@ from ray_stateful.format.strict_json import strict_json
 MAX_BYTES = 2**62
 MAX_FILES = 1 << 20
 MAX_TEXT_LENGTH = 4095
+_MIN_ENTRY_BYTES = 16  # of a file, and more than that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ class Manifest:
             HostileCheckpoint: it names files no writer of ours would.
         """
         try:
-            body = strict_json(data)
+            body = strict_json(data, _MIN_ENTRY_BYTES)
         except ValueError as error:
             raise DamagedCheckpoint(where, f"the manifest can't be read: {error}") from error
         if not isinstance(body, dict) or type(body.get("format")) is not int:

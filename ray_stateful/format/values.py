@@ -35,6 +35,7 @@ MAX_EMPTY_STRINGS = 1 << 20
 MAX_EQUAL_HASHES = 1000
 # A time's unit is so many of something, and not 0: numpy divides by that.
 _PLAIN_DTYPE = re.compile(r"[<>|=][biufcmMSUV][0-9]{1,9}(\[([1-9][0-9]{0,8})?[a-zA-Z]{1,2}\])?")
+_MIN_LIST_BYTES = 6  # [1,2], and a comma
 _SPLIT_CHARACTER = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _ADVICE = (
     "give the part a state_dict() of numbers, strings, bytes, lists, tuples, dicts, sets, numpy values and tensors, "
@@ -70,7 +71,7 @@ def decode(text: str, where: str) -> Any:
     if text in _DECODED_CONSTANTS:
         return _DECODED_CONSTANTS[text]
     try:
-        return json.loads(text) if _NUMBER.fullmatch(text) else _decode(strict_json(text), 0)
+        return json.loads(text) if _NUMBER.fullmatch(text) else _decode(strict_json(text, _MIN_LIST_BYTES), 0)
     # What numpy, torch and base64 raise for an argument that is not what they take.
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise HostileCheckpoint(where, f"a value is not in the encoding of this format: {error}") from error

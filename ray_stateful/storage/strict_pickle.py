@@ -15,6 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+# A list of a pickle is a byte, and 64 in memory. What DCP writes has a list or dict in 30 bytes, and in 5 an object of
+# any kind that is no text or number.
+_FREE_OBJECTS = 1 << 18
+_MIN_LIST_BYTES, _MIN_OBJECT_BYTES = 16, 4
 # A text's hash can't be chosen: it depends on a secret of the process.
 MAX_EQUAL_HASHES = 1000
 
@@ -93,6 +97,7 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         super().__init__(io.BytesIO(data))
         self._values, self._functions, self._classes, self._is_key = values, functions, classes, is_key
         self._hashes: Counter[int] = Counter()
+        self._left = {size: _FREE_OBJECTS + len(data) // size for size in (_MIN_LIST_BYTES, _MIN_OBJECT_BYTES)}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._values:
@@ -103,6 +108,7 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         raise pickle.UnpicklingError(f"asks for {module}.{name}, which is not on the list")
 
     def _load_reduce(self) -> None:
+        self._count(_MIN_OBJECT_BYTES)
         arguments = self.stack.pop()
         function = self.stack[-1]
         if not isinstance(function, _Name) or function.target not in self._functions.values():
@@ -110,6 +116,7 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         self.stack[-1] = function.target(*arguments)
 
     def _load_newobj(self) -> None:
+        self._count(_MIN_OBJECT_BYTES)
         arguments = self.stack.pop()
         made = self.stack.pop()
         if arguments != () or not isinstance(made, _Name) or made.target not in self._classes.values():
@@ -153,6 +160,36 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
                 raise pickle.UnpicklingError(f"has more than {MAX_EQUAL_HASHES} keys of one hash")
         target[key] = value
 
+    def _count(self, size: int) -> None:
+        self._left[size] -= 1
+        if self._left[size] < 0:
+            raise pickle.UnpicklingError("makes more lists, dicts, tuples and objects than its length allows")
+
+    def _load_empty_list(self) -> None:
+        self._count(_MIN_LIST_BYTES)
+        self.append([])
+
+    def _load_empty_dict(self) -> None:
+        self._count(_MIN_LIST_BYTES)
+        self.append({})
+
+    def _load_tuple(self) -> None:
+        self._count(_MIN_OBJECT_BYTES)
+        items = self.pop_mark()
+        self.append(tuple(items))
+
+    def _load_tuple_1(self) -> None:
+        self._count(_MIN_OBJECT_BYTES)
+        self.stack[-1:] = [tuple(self.stack[-1:])]
+
+    def _load_tuple_2(self) -> None:
+        self._count(_MIN_OBJECT_BYTES)
+        self.stack[-2:] = [tuple(self.stack[-2:])]
+
+    def _load_tuple_3(self) -> None:
+        self._count(_MIN_OBJECT_BYTES)
+        self.stack[-3:] = [tuple(self.stack[-3:])]
+
     def _load_append(self) -> None:
         value = self.stack.pop()
         self._list().append(value)
@@ -172,8 +209,14 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         pickle.APPEND[0]: _load_append,
         pickle.APPENDS[0]: _load_appends,
         pickle.BUILD[0]: _load_build,
+        pickle.EMPTY_DICT[0]: _load_empty_dict,
+        pickle.EMPTY_LIST[0]: _load_empty_list,
         pickle.NEWOBJ[0]: _load_newobj,
         pickle.REDUCE[0]: _load_reduce,
         pickle.SETITEM[0]: _load_setitem,
         pickle.SETITEMS[0]: _load_setitems,
+        pickle.TUPLE[0]: _load_tuple,
+        pickle.TUPLE1[0]: _load_tuple_1,
+        pickle.TUPLE2[0]: _load_tuple_2,
+        pickle.TUPLE3[0]: _load_tuple_3,
     }

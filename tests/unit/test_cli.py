@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 
 from attacks.corpus import Workshop
 from ray_stateful import checkpoint, listing, restore_cost
+from ray_stateful.cli import tree
 from ray_stateful.cli.explain import explain
 from ray_stateful.cli.main import main
 from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, StorageError
@@ -366,6 +368,21 @@ def test_a_key_of_a_megabyte_does_not_make_every_line_as_long(tmp_path):
 
     # Padded to the longest, these lines would be 300 MB.
     assert len(run("inspect", uri).stdout) < 1_000_000
+
+
+def test_a_tree_takes_no_more_memory_where_names_have_many_dots():
+    def entry(name):
+        of_value = {"dtype": None, "shape": (), "sharded_dims": (), "ranks": (0,), "value": "1"}
+        return tree.Summary(key=name, path=(name,), num_bytes=1, num_chunks=1, **of_value)
+
+    entries = [entry(f"{n}{'.' * 127}") for n in range(1000)]
+    tracemalloc.start()
+    num_lines = sum(1 for _ in tree.lines(entries))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert num_lines == 128 * 1000
+    assert most < 8 << 20
 
 
 def test_a_name_of_a_hundred_thousand_dots_is_no_tree_as_deep(tmp_path):

@@ -24,7 +24,8 @@ from ray_stateful.storage.staging import Staging
 T = TypeVar("T")
 
 # Seconds that a training which has failed, or ended without waiting, is held up for a save in flight. One whose thread
-# is in a collective when the interpreter ends is ended by SIGABRT: its error and its exit code would be lost.
+# is in a collective when the interpreter ends is ended by SIGABRT: its error and its exit code would be lost. Files
+# that are being written come first, and count for nothing: the interpreter joins the threads of pools by itself.
 _LEAVE_S = 5.0
 
 

@@ -21,7 +21,7 @@ Restoring
      before it is copied
   4. (all)     share outcomes: one rank's damaged byte makes all ranks take the next candidate
   5. (all)     hand the values to each part; random streams last
-  6. (all)     report it, if it is the run's newest and its writers died before they had
+  6. (all)     report it, if its writers died before they had
   Without any candidate: 2 to 5 for the models alone, from the initial weights, if there are some (`initial.py`)
 """
 
@@ -41,20 +41,19 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ray_stateful import candidates, collector, meters, parts, ray_train, restoring
+from ray_stateful import candidates, collector, meters, parts, ray_train, reporting, restoring
 from ray_stateful import initial as initial_weights
 from ray_stateful.candidates import Candidate, Rejected
-from ray_stateful.errors import NoIntactCheckpoint, ReportFailed, SaveFailed, UnevenSteps
-from ray_stateful.format.layout import MANIFEST, MAX_STEP, CheckpointName
+from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, UnevenSteps
+from ray_stateful.format.layout import MAX_STEP, CheckpointName
 from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Failure, Outcome, Ranks, current_rank
 from ray_stateful.ray_meters import Sample
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.runs import Run, within
 from ray_stateful.stopwatch import Stopwatch
-from ray_stateful.storage import deadlines
+from ray_stateful.storage import commit
 from ray_stateful.storage.assignment import deal, leave, left_out, without
-from ray_stateful.storage.base import Storage
 from ray_stateful.storage.commit import Description, places_digest, repeated
 from ray_stateful.storage.plan_cache import PlanCache, agree, entries_digest, structure_digest
 from ray_stateful.storage.planner import BalancedSavePlanner
@@ -68,9 +67,6 @@ from ray_stateful.storage.writer import DEFAULT_NUM_FILES, CheckpointWriter, che
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# Seconds, at most. Until then the other ranks, which have nothing to delete, wait at the next step.
-_DISCARD_S = 30.0
 
 
 def save(
@@ -98,6 +94,7 @@ def save(
         UnsupportedState: the state of some rank is not one; on every rank, before anything is written.
         ValueError: `step` or `num_files` is absurd, on the ranks that gave it; or there is no run to save to.
         UnevenSteps: on every rank, before anything is written.
+        UnmatchedCalls: some rank is in another call; on every rank, before anything is written.
         SaveFailed: on every rank; nothing was committed, and the next save can succeed.
         ReportFailed: on every rank; the checkpoint is committed, but Ray does not know of it.
         RankTimeout: a rank did not arrive in time.
@@ -232,7 +229,7 @@ class Saving:
         except SaveFailed:
             # A write that was given up may still add to it: that is an orphan, to be collected later.
             if ranks.rank == 0 and not writer.may_be_committed:
-                _discard(storage, path, min(_DISCARD_S, ranks.timeout_s / 8))
+                commit.discard(storage, path, ranks.timeout_s / 8)
             raise
         self._created_s = time.time()
         # Until here: a background save is reported when the training thread next has a moment for it.
@@ -277,7 +274,7 @@ class Saving:
             ReportFailed: on every rank; the checkpoint is committed.
         """
         self.clock.begin("report")
-        _report(self._run, self._prepared, self._name, ranks)
+        reporting.report(self._run, self._prepared, self._name, ranks)
         self.clock.stop()
         report = SaveReport(
             name=self._name,
@@ -396,6 +393,7 @@ def restore(
         NoInitialWeights: on every rank; there is no checkpoint, and `initial` is damaged, or names nothing of its kind.
         ReportFailed: on every rank; all is restored, but what had not been reported yet can't be reported now.
         RankFailed: on every rank; some rank could not read for another reason than damage.
+        UnmatchedCalls: some rank is in another call; on every rank.
         RankTimeout: a rank did not arrive in time.
     """
     if verify not in ("touched", "full"):
@@ -431,7 +429,7 @@ def restore(
             print(report, flush=True)
     meters.tell(run, source.storage, ranks.rank, meters.of_restore(report, ranks.rank))
     if is_to_report:
-        _report_late(run, report, ranks)
+        reporting.report_late(run, report, ranks)
     return report
 
 
@@ -468,38 +466,6 @@ def _restore_newest(
     return initial_weights.load(state, initial, run, ranks, limits, verify), False
 
 
-def _report(run: Run, prepared: Any, name: str, ranks: Ranks) -> None:
-    """Report a checkpoint. Collective; raises `ReportFailed` on every rank."""
-    outcome = Outcome()
-    with outcome.catch():
-        run.report(prepared, name)
-    failures = ranks.failures("report", outcome)
-    if failures:
-        path = posixpath.join(run.path, name)
-        raise ReportFailed(path, {rank: failure.text for rank, failure in failures.items()}) from outcome.error
-
-
-def _report_late(run: Run, restored: ResumeReport, ranks: Ranks) -> None:
-    """Report what was restored, as the workers that committed it died before they had. Collective.
-
-    Otherwise `Result.checkpoint` would be an older one, and nobody would ever delete this one.
-    """
-    outcome, prepared = Outcome(), None
-    with outcome.catch():
-        # Its metrics died with those who had them.
-        prepared = run.prepare_report({**ray_train.unknown_score(), "step": restored.step})
-    failures = ranks.failures("prepare a report", outcome)
-    if not failures:
-        _report(run, prepared, restored.checkpoint, ranks)
-    if ranks.rank == 0:
-        why = "; ".join(f"rank {rank}: {failure.text}" for rank, failure in sorted(failures.items()))
-        logger.info(
-            "%s was committed and never reported: %s",
-            restored.checkpoint,
-            f"nor is it now: {why}" if why else "it is now",
-        )
-
-
 def _agree(ranks: Ranks, path: str, phase: str, outcome: Outcome, facts: Sequence[int] = ()) -> list[list[int]]:
     """Everyone's `facts`, of which each rank has as many; or what went wrong on any of them, raised on all.
 
@@ -514,23 +480,6 @@ def _agree(ranks: Ranks, path: str, phase: str, outcome: Outcome, facts: Sequenc
 def _raise_if_any_failed(path: str, phase: str, failures: Mapping[int, Failure], outcome: Outcome) -> None:
     if failures:
         raise SaveFailed(path, phase, {rank: failure.text for rank, failure in failures.items()}) from outcome.error
-
-
-def _discard(storage: Storage, path: str, timeout_s: float) -> None:
-    """Delete what a failed save has written, as far as that can be done in time.
-
-    Left there, what a full disk had room for would keep it full: the next save would fail for this one.
-    """
-
-    def delete() -> None:
-        if MANIFEST not in storage.sizes(path):
-            storage.delete(path)
-
-    outcome = Outcome()
-    with outcome.catch():
-        deadlines.call(delete, timeout_s, path)
-    if outcome.error is not None:
-        logger.warning("what the failed save wrote to %s stays until orphans are collected: %s", path, outcome.error)
 
 
 def _versions() -> dict[str, str]:

@@ -64,7 +64,8 @@ class Checkpointer:
         limits: How much each rank reads at a time.
         timeout_s: How long this rank waits for the others in any one step of a save or restore.
 
-    `step_count` is the number of optimizer steps completed in the history of the run.
+    `step_count` is the number of optimizer steps completed in the history of the run. Every call is a `RuntimeError`
+    once the default process group is another one than when this was made.
 
     Raises:
         ValueError: a setting makes no sense; or there is no run to save to.
@@ -232,6 +233,7 @@ class Checkpointer:
             ReportFailed: on every rank; the checkpoint is committed.
             RankTimeout: it has not ended in time, on the ranks where it has not.
             RankFailed: on the ranks that had done their part of it, if another one ran into its deadline.
+            UnmatchedCalls: some rank is in another call; on every rank.
         """
         if self._background is not None and self._background.busy:
             self._background.wait()

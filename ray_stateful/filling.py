@@ -130,7 +130,9 @@ def problem_of_kind(name: str, part: Any, paths: Iterable[KeyPath], opened: Open
     if isinstance(part, RankPart):
         found = None if any(of_ranks) else "one value for all ranks, and the state one for each rank"
     else:
-        is_ours = not all(of_ranks) or any(layout.is_of_one_rank(path) for path in paths)
+        here = list(paths)
+        # One that is still empty takes what there is.
+        is_ours = not here or not all(of_ranks) or any(map(layout.is_of_one_rank, here))
         found = None if is_ours else "one value for each rank, and the state one for all ranks"
     if found is None:
         return None

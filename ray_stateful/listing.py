@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import posixpath
 from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -48,8 +49,14 @@ def entries(storage: Storage, path: str, tracked: Set[str] | None) -> list[Entry
     names = sorted(name for name in storage.directories(path) if layout.parse_name(name) is not None)
     with ThreadPoolExecutor(max_workers=_NUM_THREADS, thread_name_prefix="checkpoint-list") as pool:
         found = pool.map(lambda name: _entry(storage, path, name, tracked), names)
-    # As `runs.committed` orders them: a restore takes the last.
-    return sorted(found, key=lambda entry: (entry.step, entry.created_s or 0.0))
+    # As `runs.committed` orders them: a restore tries the last first, also one whose manifest can't be read.
+    return sorted(found, key=lambda entry: (entry.step, _created_s(entry)))
+
+
+def _created_s(entry: Entry) -> float:
+    if entry.created_s is not None:
+        return entry.created_s
+    return math.inf if entry.committed else 0.0
 
 
 def _entry(storage: Storage, path: str, name: str, tracked: Set[str] | None) -> Entry:

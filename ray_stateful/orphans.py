@@ -99,7 +99,11 @@ def find(
 
 def _is_left_by_a_save(storage: Storage, path: str, sizes: Mapping[str, int]) -> bool:
     """Whether nothing else lies in a directory without a manifest, also by other ways than a listing of its files."""
-    if storage.directories(path) or not all(map(layout.is_file_of_checkpoint, sizes)) or _has_no_files(storage, path):
+    if (
+        storage.directories(path)
+        or not all(map(layout.is_file_of_checkpoint, sizes))
+        or _has_other_than_files(storage, path)
+    ):
         return False
     try:
         # A store's listing may be late; asked for by its name, what is there is there.
@@ -109,7 +113,7 @@ def _is_left_by_a_save(storage: Storage, path: str, sizes: Mapping[str, int]) ->
     return False
 
 
-def _has_no_files(storage: Storage, path: str) -> bool:
+def _has_other_than_files(storage: Storage, path: str) -> bool:
     """Whether a directory of this machine has links, pipes or the like in it, which a listing leaves out."""
     if not isinstance(getattr(getattr(storage, "inner", storage), "filesystem", None), pyarrow.fs.LocalFileSystem):
         return False

@@ -14,6 +14,8 @@ from ray_stateful.storage.reading import ReadStatistics
 # What is said of a part that begins from weights, and did not go on from where it was saved.
 INITIAL = "initial"
 
+_AS_SAVED = ("exact", "changed", "partial")
+
 
 def foresee(
     filled: Mapping[str, Filled], world: World, opened: OpenCheckpoint, initial: bool = False
@@ -23,40 +25,55 @@ def foresee(
 
 
 def complete(
-    foreseen: PartReport, filled: Filled, how: str, described: str, read: ReadStatistics, opened: OpenCheckpoint
+    foreseen: PartReport,
+    filled: Filled,
+    how: str,
+    described: str,
+    read: ReadStatistics,
+    opened: OpenCheckpoint,
+    *,
+    is_partial: bool,
+    is_changed: bool,
 ) -> PartReport:
-    """The same with what only loading could tell.
+    """The same with what only loading, and the other ranks, could tell.
 
     Args:
+        is_partial, is_changed: On any rank.
         how: What the part said of a resize, in a few words; empty if it was not asked.
         described: What it says of itself; empty if it was.
         read: What all ranks read for the part.
     """
+    said = described.split("; ")
     details = [how] if how else []
-    details += foreseen.details
+    # What a part found out when it was asked, it may find out again when it is loaded.
+    details += [one for one in foreseen.details if one not in said]
     if _is_sharded(filled, opened) or foreseen.outcome == INITIAL:
         amplification = read.bytes_read / max(1, read.bytes_wanted)
         details.append(f"read {size(read.bytes_read)}, {amplification:.2f}x of what this world needs")
         details.append("verified" if opened.manifest else "unverified")
     if described:
         details.append(described)
-    # What a part found out when it was asked, it may find out again when it is loaded.
-    said = described.split("; ")
-    return replace(foreseen, details=(*details, *(note for note in filled.notes if note not in said)))
+    details += [note for note in filled.notes if note not in said]
+    outcome = foreseen.outcome
+    if outcome in _AS_SAVED:
+        outcome = _word(is_partial, is_changed)
+        if outcome != foreseen.outcome:
+            details.append("on other ranks")
+    return replace(foreseen, outcome=outcome, details=tuple(details))
 
 
 def _foreseen(name: str, filled: Filled, world: World, opened: OpenCheckpoint, initial: bool) -> PartReport:
     if isinstance(filled.value, EveryRank):
         outcome = filled.part.resized_as
-    elif initial:
-        outcome = INITIAL
-    elif filled.is_partial:
-        outcome = "partial"
     else:
-        outcome = "changed" if filled.changes else "exact"
+        outcome = INITIAL if initial else _word(filled.is_partial, bool(filled.changes))
     resharded = world.resized and _is_sharded(filled, opened)
     details = (f"resharded {world.saved_world_size} -> {world.world_size}",) if resharded else ()
     return PartReport(name=name, outcome=outcome, details=(*details, *filled.changes))
+
+
+def _word(is_partial: bool, is_changed: bool) -> str:
+    return "partial" if is_partial else "changed" if is_changed else "exact"
 
 
 def _is_sharded(filled: Filled, opened: OpenCheckpoint) -> bool:

@@ -30,7 +30,6 @@ T = TypeVar("T")
 # As long as torch's own for a process group. Longer than what storage takes to give up: see RetryPolicy.within.
 DEFAULT_TIMEOUT_S = 1800.0
 
-
 # Of a row of integers, unless it is longer: gloo ends the process where two ranks come with rows of different lengths.
 ROW_BYTES = 64
 
@@ -106,17 +105,17 @@ class Ranks:
         Collective at its first call per `purpose`. TorchTrainer on GPUs makes a plain NCCL group, which has no
         object collectives on the CPU; and a group shared with training deadlocks a background save.
         """
-        if not dist.is_available() or not dist.is_initialized():
+        over = world()
+        if over is None:
             return cls(timeout_s=timeout_s)
-        world = dist.group.WORLD
         made = _groups.get((purpose, timeout_s))
-        if made is None or made.over is not world:
+        if made is None or made.over is not over:
             timeout = timedelta(seconds=timeout_s)
             alone = cls(dist.get_rank(), dist.get_world_size(), None, timeout_s)
             group = alone.within_deadline(
                 f"make a group for {purpose}", lambda: dist.new_group(backend="gloo", timeout=timeout)
             )
-            made = _groups[(purpose, timeout_s)] = _Made(world, group)
+            made = _groups[(purpose, timeout_s)] = _Made(over, group)
         return cls(dist.get_rank(), dist.get_world_size(), made.group, timeout_s)
 
     def broadcast(self, phase: str, value: T | None) -> T:
@@ -231,13 +230,13 @@ def on_host(group: dist.ProcessGroup, timeout_s: float = DEFAULT_TIMEOUT_S) -> d
     key = (f"ranks of {group.group_name}", timeout_s)
     made = _groups.get(key)
     if made is None or made.over is not group:
-        world, phase = Ranks.of_world(timeout_s), "make groups in host memory"
+        everyone, phase = Ranks.of_world(timeout_s), "make groups in host memory"
         mine = sorted(dist.get_process_group_ranks(group))
         found: dist.ProcessGroup | None = None
         # In one order, and also by those that are not in it.
-        for members in sorted({tuple(members) for members in world.all_gather(phase, mine)}):
+        for members in sorted({tuple(members) for members in everyone.all_gather(phase, mine)}):
             make = partial(dist.new_group, list(members), backend="gloo", timeout=timedelta(seconds=timeout_s))
-            new = world.within_deadline(phase, make)
+            new = everyone.within_deadline(phase, make)
             found = new if list(members) == mine else found
         made = _groups[key] = _Made(group, found)
     assert made.group is not None

@@ -98,9 +98,11 @@ def restore_opened(
         # Before ranks agree: a part may fail at what it was handed here alone, and the others would go on to train.
         with outcome.catch():
             described[part] = "" if said else _describe(state[part])
-    mine = [number for part in sorted(filled) for number in astuple(statistics[part])]
+    names = sorted(filled)
+    mine = [number for name in names for number in _numbers(filled[name], statistics[name])]
     sums = [sum(numbers) for numbers in zip(*ranks.raise_if_any_failed("load the state", outcome, mine), strict=True)]
-    total = {part: ReadStatistics(*sums[3 * n : 3 * n + 3]) for n, part in enumerate(sorted(filled))}
+    of_part = {name: sums[5 * n : 5 * n + 5] for n, name in enumerate(names)}
+    total = {name: ReadStatistics(*numbers[:3]) for name, numbers in of_part.items()}
     ignored = sorted(parts.saved_parts(opened) - filled.keys())
     return ResumeReport(
         checkpoint=opened.name,
@@ -109,12 +111,29 @@ def restore_opened(
         saved_world_size=world.saved_world_size,
         world_size=world.world_size,
         verified=opened.manifest is not None,
-        parts=tuple(complete(foreseen[p], filled[p], how[p], described[p], total[p], opened) for p in sorted(filled)),
+        parts=tuple(
+            complete(
+                foreseen[name],
+                filled[name],
+                how[name],
+                described[name],
+                total[name],
+                opened,
+                is_partial=of_part[name][3] > 0,
+                is_changed=of_part[name][4] > 0,
+            )
+            for name in names
+        ),
         statistics=sum(total.values(), ReadStatistics()),
         rejected=dict(rejected),
         created_s=opened.manifest.created_s if opened.manifest else 0.0,
         notes=tuple(f"{part}: in the checkpoint, not in the state; left alone" for part in ignored),
     )
+
+
+def _numbers(filled: Filled, read: ReadStatistics) -> list[int]:
+    """What is added up over the ranks for the report of a part."""
+    return [*astuple(read), int(filled.is_partial), int(bool(filled.changes))]
 
 
 def _open(candidate: Candidate) -> OpenCheckpoint:

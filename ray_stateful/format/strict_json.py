@@ -24,14 +24,24 @@ def strict_json(data: bytes | str, min_bytes: int) -> Any:
         ValueError: it is no JSON, is nested without end, has a key twice in one object, or too many lists and objects.
     """
     text = data if isinstance(data, str) else data.decode("utf-8")
-    most = _FREE_CONTAINERS + len(text) // min_bytes
-    # Before there are any. Brackets within texts are none, which is looked at only if it matters.
-    if _num_containers(text) > most and _num_containers(_without_texts(text)) > most:
-        raise ValueError(f"more than {most:,} lists and objects")
+    # Before there are any.
+    check_containers(text, min_bytes)
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("nested without end") from None
+
+
+def check_containers(text: str, min_bytes: int) -> None:
+    """Refuse a JSON text with too many lists and objects for its length, as `strict_json` does.
+
+    Raises:
+        ValueError: it has.
+    """
+    most = _FREE_CONTAINERS + len(text) // min_bytes
+    # Brackets within texts are none, which is looked at only if it matters.
+    if _num_containers(text) > most and _num_containers(_without_texts(text)) > most:
+        raise ValueError(f"more than {most:,} lists and objects")
 
 
 def _num_containers(text: str) -> int:

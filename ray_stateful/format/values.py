@@ -25,7 +25,7 @@ import numpy as np
 
 from ray_stateful.errors import HostileCheckpoint, UnsupportedState
 from ray_stateful.format.dtypes import ITEM_BYTES, dtype_name
-from ray_stateful.format.strict_json import strict_json
+from ray_stateful.format.strict_json import check_containers, strict_json
 
 if TYPE_CHECKING:
     import torch
@@ -56,10 +56,15 @@ def encode(value: Any, key: str) -> str:
     if value is None or kind is bool:
         return _CONSTANTS[value]
     try:
-        return _ENCODER.encode(_encode(value, key, 0))
+        text = _ENCODER.encode(_encode(value, key, 0))
     except ValueError as error:
         # Python writes no int of more than 4,300 digits, as reading one takes time that grows with their square.
         raise UnsupportedState(key, f"a number of too many digits ({error})", "store it as bytes") from error
+    try:
+        check_containers(text, _MIN_LIST_BYTES)
+    except ValueError as error:
+        raise UnsupportedState(key, f"a value of {error}", "store it as a tensor") from error
+    return text
 
 
 def decode(text: str, where: str) -> Any:

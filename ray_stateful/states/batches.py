@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from ray_stateful.errors import StateMismatch
-from ray_stateful.states.counts import count_problems
+from ray_stateful.states.counts import count_problems, is_whole
 from ray_stateful.states.paired import PairedBatch, paired
 from ray_stateful.states.permutation import Permutation
 from ray_stateful.states.shares import GlobalBatch, MicroBatch, share_of, split_evenly
@@ -37,7 +37,7 @@ class GlobalBatchSampler:
     """A shuffled order of a map-style dataset that does not depend on the number of workers.
 
     ```python
-    for epoch in range(batches.epoch, num_epochs):
+    while batches.epoch < num_epochs:
         for batch in batches:                       # from the position up to the end of the epoch
             for micro in accumulate(model, batch):
                 (loss_fn(model, dataset[micro.indices]).sum() * micro.loss_scale).backward()
@@ -186,7 +186,7 @@ class GlobalBatchSampler:
     def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
         """What keeps `saved` from being loaded, one line each; changes nothing."""
         wrong = count_problems(saved, _LEAST)
-        if not wrong and (type(saved.get("seed")) is not int or saved["position"] > saved["length"]):
+        if not wrong and (not is_whole(saved.get("seed")) or saved["position"] > saved["length"]):
             wrong = (
                 f"its seed is no number, or its position beyond the length {saved['length']:,}: it is not one of ours",
             )
@@ -213,8 +213,9 @@ class GlobalBatchSampler:
         problems = self.check_saved(state_dict)
         if problems:
             raise StateMismatch("of the batches", problems)
-        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
-        self.samples, self.seed = state_dict["samples"], state_dict["seed"]
+        # Of earlier versions they may be NumPy's.
+        self.epoch, self.position = int(state_dict["epoch"]), int(state_dict["position"])
+        self.samples, self.seed = int(state_dict["samples"]), int(state_dict["seed"])
         if self._ends_early(state_dict):
             self.epoch, self.position = self.epoch + 1, 0
         self._num_loads += 1

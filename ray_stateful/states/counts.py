@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 # What fits into 64 bits with a sign: more is no count of anything.
 MAX_COUNT = 2**63 - 1
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or NumPy; `7.0` is one, and `True` is none."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
+
+
 def count_problems(saved: Mapping[str, Any], least: Mapping[str, int]) -> tuple[str, ...]:
     """What keeps entries of `saved` from being counts of at least `least`, one line each."""
     found = []
     for name, lowest in least.items():
-        value = saved.get(name)
-        if type(value) is not int or not lowest <= value <= MAX_COUNT:
-            words = f"a {type(value).__name__}" if type(value) is not int else f"{value:.6g}"
+        value: Any = saved.get(name)
+        if not is_whole(value) or not lowest <= int(value) <= MAX_COUNT:
+            words = f"{float(value):.6g}" if is_whole(value) else f"a {type(value).__name__}"
             found.append(f"{name} is {words} in the checkpoint, and no count from {lowest} on: it is not one of ours")
     return tuple(found)

@@ -49,9 +49,14 @@ class Progress(RankPart):
         """Add `samples` and `tokens`; be in `epoch`.
 
         Raises:
-            ValueError: a count would go backwards; nothing was counted.
+            ValueError: a count would go backwards, or is no whole number; nothing was counted.
         """
         epoch = self.epoch if epoch is None else epoch
+        for name, value in (("samples", samples), ("tokens", tokens), ("epoch", epoch)):
+            if value != int(value):
+                raise ValueError(f"{name}={value} is no whole number")
+        # A number of NumPy's, or a tensor, is counted as what it is.
+        samples, tokens, epoch = int(samples), int(tokens), int(epoch)
         for name, value, least in [("samples", samples, 0), ("tokens", tokens, 0), ("epoch", epoch, self.epoch)]:
             if value < least:
                 raise ValueError(f"{name}={value} would take the progress backwards: give at least {least}")
@@ -93,8 +98,8 @@ class Progress(RankPart):
         return tuple(dict.fromkeys(problem for state in saved.values() for problem in self.check_saved(state)))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.step, self.samples = state_dict["step"], state_dict["samples"]
-        self.tokens, self.epoch = state_dict["tokens"], state_dict["epoch"]
+        self.step, self.samples = int(state_dict["step"]), int(state_dict["samples"])
+        self.tokens, self.epoch = int(state_dict["tokens"]), int(state_dict["epoch"])
         self._wall_s, self._since = state_dict["wall_s"], time.monotonic()
 
     def check_resize(self, name: str, world: World) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from ray_stateful.errors import StateMismatch
 from ray_stateful.ranks import current_rank
+from ray_stateful.states.counts import is_whole
 from ray_stateful.states.derived import derived_seed
 from ray_stateful.states.part import RankPart, World
 
@@ -59,7 +61,7 @@ class RandomState(RankPart):
         data_parallel_rank: int | None = None,
     ) -> None:
         self._named = {name: _named(name, generator) for name, generator in (generators or {}).items()}
-        self._seed = seed
+        self._seed = None if seed is None else index(seed)
         self._devices = None if devices is None else list(devices)
         self._data_parallel_rank = data_parallel_rank
 
@@ -121,13 +123,13 @@ class RandomState(RankPart):
         for name, state in state_dict["streams"].items():
             if name in streams:
                 streams[name].set(state)
-        self._seed = state_dict["seed"]
+        self._seed = int(state_dict["seed"])
 
     def check_resize(self, name: str, world: World) -> None:
         """Any number of ranks will do."""
 
     def resize(self, saved: Mapping[int, Mapping[str, Any]], world: World) -> str:
-        self._seed = saved[0]["seed"]
+        self._seed = int(saved[0]["seed"])
         rank = self._rank(world.rank)
         for name, stream in self._streams(saved[0]).items():
             stream.reseed(derived_seed("random", self._seed, world.step, rank, name))
@@ -180,7 +182,7 @@ class RandomState(RankPart):
 
 
 def _has_streams(saved: Mapping[str, Any]) -> bool:
-    return type(saved.get("seed")) is int and isinstance(saved.get("streams"), Mapping)
+    return is_whole(saved.get("seed")) and isinstance(saved.get("streams"), Mapping)
 
 
 _NOT_OURS = "no seed and streams are in the checkpoint: it is not one of ours"

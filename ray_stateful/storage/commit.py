@@ -6,6 +6,7 @@ and a reader does not look further; once it is there, every file it names is who
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import time
 from collections import defaultdict
@@ -25,9 +26,16 @@ from ray_stateful.format.checksums import checksum
 from ray_stateful.format.chunks import coverage_problems
 from ray_stateful.format.manifest import Manifest, StoredFile
 from ray_stateful.format.rows import StoredChunk
-from ray_stateful.storage import dcp_metadata, opening
+from ray_stateful.ranks import Outcome
+from ray_stateful.storage import dcp_metadata, deadlines, opening
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.retries import is_transient
+
+logger = logging.getLogger(__name__)
+
+# Seconds that are spent on what a failed save has written. Until then the other ranks, which have nothing to delete,
+# wait at the next step.
+_DISCARD_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +247,23 @@ def write_manifest(storage: Storage, path: str, manifest: Manifest) -> None:
         # A call that was given up may still end well, and a reply be lost on its way back.
         late = "; if it comes to be there all the same, the checkpoint is whole and committed, and a restore finds it"
         raise StorageError(error.operation, error.path, error.cause + late) from error
+
+
+def discard(storage: Storage, path: str, timeout_s: float) -> None:
+    """Delete what a failed save has written, as far as that can be done in time: 30 s at most.
+
+    Left there, what a full disk had room for would keep it full: the next save would fail for this one.
+    """
+
+    def delete() -> None:
+        if layout.MANIFEST not in storage.sizes(path):
+            storage.delete(path)
+
+    outcome = Outcome()
+    with outcome.catch():
+        deadlines.call(delete, min(_DISCARD_S, timeout_s), path)
+    if outcome.error is not None:
+        logger.warning("what the failed save wrote to %s stays until orphans are collected: %s", path, outcome.error)
 
 
 def _refuse_large(values: Iterable[tuple[str, str | None]], room: int) -> None:

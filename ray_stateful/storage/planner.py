@@ -1,4 +1,4 @@
-"""Who writes what: DCP's planner, without what it gets wrong.
+"""DCP's planner of a save, without what it gets wrong.
 
 Stock planning weighs a shard by the size of the whole tensor, so that replicated entries all go to the same few
 ranks; it lets the values of one key differ between ranks, and keeps one of them; and it plans empty shards. Its

@@ -33,7 +33,8 @@ class OptimizerState(StrictPart):
         scheduler: Anything with `state_dict` and `load_state_dict`, or several of them: those are `sched.<i>`.
         is_peft: Accepted for upstream's callers and without effect: frozen parameters have no state to begin with.
         cpu_offload: Tensors are copied to host memory; they do not alias the optimizer's then.
-        strict: State that has no place here, or is there in part only, is an error; otherwise it is noted.
+        strict: State that has no place here, or is there in part only, is an error; otherwise it is noted. Schedulers
+            of another kind, or fewer than were saved, are an error in any case: it would be nobody's schedule.
 
     Raises:
         UnsupportedState: an optimizer is around another one, which keeps the state.
@@ -128,6 +129,11 @@ class OptimizerState(StrictPart):
             groups = [None] * len(groups)
         problems += schedulers.check(self.scheduler, sched, groups)
         return tuple(problems)
+
+    def changed_from(self, saved: dict[str, Any]) -> tuple[str, ...]:
+        """What of the schedulers will not be as it was saved, one line each; changes nothing."""
+        sched = saved.get("sched") or {}
+        return tuple(schedulers.differences(self.scheduler, sched)) if sched else ()
 
     def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:
         """Say which missing and unexpected keys are no harm: about the state dict that was last asked for."""

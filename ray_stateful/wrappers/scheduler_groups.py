@@ -37,7 +37,7 @@ def regrouped(
     (num_saved,) = lengths
     told = _told(lists, groups)
     found = [_entries(num_saved, told, saved) for saved in groups]
-    if num_saved == len(groups) and all(not of or number in of for number, of in enumerate(found)):
+    if num_saved == len(groups) and all(number in of for number, of in enumerate(found)):
         return dict(theirs)
     arranged = {
         name: [_entry(values, of, ours.get(name, ()), number) for number, of in enumerate(found)]

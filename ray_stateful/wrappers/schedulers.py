@@ -31,24 +31,31 @@ def load(schedulers: Sequence[Any], state: Mapping[str, Any], groups: Sequence[G
     Args:
         groups: Of each scheduler's optimizer; see `regrouped`. None where it is not known.
     """
-    notes: list[str] = []
+    notes = differences(schedulers, state)
     for scheduler, given, of in zip(schedulers, _each(schedulers, state), groups, strict=True):
+        if given:
+            ours = scheduler.state_dict()
+            scheduler.load_state_dict(_completed(ours, given if of is None else _regrouped(ours, given, of)))
+    return notes
+
+
+def differences(schedulers: Sequence[Any], state: Mapping[str, Any]) -> list[str]:
+    """What will not be as it was saved, and is no reason to refuse `state`."""
+    notes: list[str] = []
+    for scheduler, given in zip(schedulers, _each(schedulers, state), strict=True):
         if not given:
             notes.append(f"{type(scheduler).__name__} is not in the checkpoint: starts as built")
-            continue
-        ours = scheduler.state_dict()
-        if isinstance(scheduler, LRScheduler):
-            lacking, extra = _on_one_side(ours, given)
+        elif isinstance(scheduler, LRScheduler):
+            lacking, extra = _on_one_side(scheduler.state_dict(), given)
             notes += _only_here(lacking) if lacking else []
             notes += [f"of the scheduler, {some(extra)} is in the checkpoint, and not in a fresh one"] if extra else []
-        scheduler.load_state_dict(_completed(ours, given if of is None else _regrouped(ours, given, of)))
     return notes
 
 
 def check(schedulers: Sequence[Any], state: Mapping[str, Any], groups: Sequence[Groups]) -> list[str]:
-    """What keeps `state` from being loaded: another number of schedulers, another kind, groups that can't be told."""
+    """What keeps `state` from being loaded: more schedulers in it, another kind, groups that can't be told."""
     num_saved = len(state) if _is_numbered(state) else 1
-    if schedulers and state and num_saved != len(schedulers):
+    if schedulers and state and num_saved > len(schedulers):
         return [
             f"schedulers in the checkpoint: {num_saved}, and here: {len(schedulers)}; give OptimizerState those that "
             "were saved, or none, and the schedule starts as built"
@@ -78,9 +85,9 @@ def _is_numbered(state: Mapping[str, Any]) -> bool:
 
 
 def _each(schedulers: Sequence[Any], state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    if len(schedulers) == 1:
-        return [state]
-    return [state.get(str(index), {}) for index in range(len(schedulers))]
+    """Of each scheduler what there is of it, by its number; those that are new come last."""
+    saved = [state[str(number)] for number in range(len(state))] if state and _is_numbered(state) else [state]
+    return [saved[number] if number < len(saved) else {} for number in range(len(schedulers))]
 
 
 def _on_one_side(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[set[str], set[str]]:

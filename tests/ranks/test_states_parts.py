@@ -100,3 +100,20 @@ def test_on_another_number_of_workers_the_rule_decides_and_the_report_says_which
         assert outcome["merge"][3] == [20, 21, 22, 23]
         assert "derived from (seed 5, step 3, rank)" in outcome["merge"][0]
     assert not torch.equal(outcomes[0]["merge"][2], outcomes[1]["merge"][2])
+
+
+class Changed(Progress):
+    """Not as it was saved, on one rank."""
+
+    def changed_from(self, saved):
+        return ("another stream",) if dist.get_rank() == 1 else ()
+
+
+def what_the_report_calls_it(run):
+    checkpoint.save({"part": Progress()}, step=1, run=run)
+    (part,) = checkpoint.restore({"part": Changed()}, run=run).parts
+    return part.outcome, "another stream" in part.details, "on other ranks" in part.details
+
+
+def test_what_is_not_as_it_was_saved_on_one_rank_is_not_called_exact_on_the_others(tmp_path):
+    assert run_ranks(2, what_the_report_calls_it, str(tmp_path)) == [("changed", False, True), ("changed", True, False)]

@@ -20,6 +20,7 @@ from ray_stateful.format import layout
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.stateful_wrappers import ModelState
 from ray_stateful.states.loader import LoaderState
+from ray_stateful.storage import commit
 from ray_stateful.storage.reader import CheckpointReader
 from ray_stateful.storage.uris import resolve
 from ray_stateful.storage.writer import CheckpointWriter
@@ -70,6 +71,30 @@ def assert_same(found, expected, where="state"):
             assert_same(found[n], item, f"{where}[{n}]")
     else:
         assert found == expected or (found != found and expected != expected), where
+
+
+def test_a_part_that_is_still_empty_takes_entries_that_are_named_as_those_of_ranks(tmp_path):
+    saved = {"rank_0": torch.ones(2), "rank_1": torch.zeros(2)}
+    checkpoint.save({"part": Part(saved)}, step=1, run=str(tmp_path))
+    fresh = Part({})
+    checkpoint.restore({"part": fresh}, run=str(tmp_path))
+    assert {name: value.tolist() for name, value in fresh.value.items()} == {"rank_0": [1, 1], "rank_1": [0, 0]}
+
+
+def test_a_value_of_more_lists_than_a_reader_makes_is_refused_when_it_is_saved(tmp_path):
+    with pytest.raises(SaveFailed, match="store it as a tensor"):
+        checkpoint.save({"part": Part({"lists": [[]] * 2_200_000})}, step=1, run=str(tmp_path))
+
+
+def test_a_run_lists_last_what_a_restore_tries_first(tmp_path):
+    names = [checkpoint.save({"part": Part({"a": n})}, step=1, run=str(tmp_path)).name for n in range(3)]
+    (tmp_path / names[0] / layout.MANIFEST).write_text("{")
+    storage, path = resolve(str(tmp_path))
+
+    listed = [entry.name for entry in listing.entries(storage, path, None)]
+
+    assert listed == [names[1], names[2], names[0]]
+    assert list(DirectoryRun(storage, path, path).candidates()) == listed[::-1]
 
 
 def test_any_structure_comes_back_as_it_was(tmp_path):
@@ -372,7 +397,7 @@ def test_a_manifest_that_is_damaged_keeps_no_other_one_of_its_step_from_being_fo
 def test_a_save_that_failed_says_why_in_time_also_where_what_it_wrote_can_not_be_deleted(
     tmp_path, monkeypatch, caplog, fault
 ):
-    monkeypatch.setattr(checkpoint, "_DISCARD_S", 0.1)
+    monkeypatch.setattr(commit, "_DISCARD_S", 0.1)
     storage, path = resolve(str(tmp_path))
     full = Fail("publish", error=OSError(28, "No space left"))
     run = DirectoryRun(FaultyStorage(storage.inner, [full, fault]), path, path)

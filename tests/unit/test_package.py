@@ -26,6 +26,7 @@ LAYERS = [
     {"restoring"},
     {"joint_reads", "meters", "outcomes"},
     {"filling"},
+    {"reporting"},
     {"candidates", "matching", "parts", "report"},
     {"ray_callbacks", "ray_data"},
     {"ray_shards"},

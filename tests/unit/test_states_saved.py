@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ray_stateful import GlobalBatchSampler, Progress, RandomState
@@ -57,6 +58,25 @@ def test_an_entry_that_is_missing_is_said_before_anything_is_loaded(name):
         saved = part.state_dict()
         del saved[missing]
         assert part.check_saved(saved), missing
+
+
+def test_counts_of_numpy_are_counts_and_so_are_those_that_earlier_versions_saved():
+    progress = Progress()
+    progress.count(samples=np.int64(3), tokens=7.0)
+    assert type(progress.state_dict()["samples"]) is type(progress.state_dict()["tokens"]) is int
+    with pytest.raises(ValueError, match="no whole number"):
+        progress.count(tokens=0.5)
+    for name, make in PARTS.items():
+        part = make()
+        saved = {
+            key: np.int64(value) if type(value) is int and name != "random" else value
+            for key, value in part.state_dict().items()
+        }
+        saved["seed"] = np.int64(5)
+        assert part.check_saved(saved) == ()
+        part.load_state_dict(saved)
+        assert not [value for value in part.state_dict().values() if isinstance(value, np.integer)]
+    assert RandomState(seed=np.int64(5)).state_dict()["seed"] == 5
 
 
 def test_numpys_stream_is_not_put_where_it_would_read_beyond_its_words():

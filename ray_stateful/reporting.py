@@ -1,0 +1,47 @@
+"""Telling whoever counts checkpoints of one: all ranks do, or none does."""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+from typing import Any
+
+from ray_stateful import ray_train
+from ray_stateful.errors import ReportFailed
+from ray_stateful.ranks import Outcome, Ranks
+from ray_stateful.report import ResumeReport
+from ray_stateful.runs import Run
+
+logger = logging.getLogger(__name__)
+
+
+def report(run: Run, prepared: Any, name: str, ranks: Ranks) -> None:
+    """Report a checkpoint. Collective; raises `ReportFailed` on every rank."""
+    outcome = Outcome()
+    with outcome.catch():
+        run.report(prepared, name)
+    failures = ranks.failures("report", outcome)
+    if failures:
+        path = posixpath.join(run.path, name)
+        raise ReportFailed(path, {rank: failure.text for rank, failure in failures.items()}) from outcome.error
+
+
+def report_late(run: Run, restored: ResumeReport, ranks: Ranks) -> None:
+    """Report what was restored, as the workers that committed it died before they had. Collective.
+
+    Otherwise `Result.checkpoint` would be an older one, and nobody would ever delete this one.
+    """
+    outcome, prepared = Outcome(), None
+    with outcome.catch():
+        # Its metrics died with those who had them.
+        prepared = run.prepare_report({**ray_train.unknown_score(), "step": restored.step})
+    failures = ranks.failures("prepare a report", outcome)
+    if not failures:
+        report(run, prepared, restored.checkpoint, ranks)
+    if ranks.rank == 0:
+        why = "; ".join(f"rank {rank}: {failure.text}" for rank, failure in sorted(failures.items()))
+        logger.info(
+            "%s was committed and never reported: %s",
+            restored.checkpoint,
+            f"nor is it now: {why}" if why else "it is now",
+        )

@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from ray_stateful.format import layout
 from ray_stateful.format.chunks import Box, split
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.layout import CheckpointName
 from ray_stateful.format.manifest import Manifest
 from ray_stateful.format.rows import KeyPath, StoredChunk
 from ray_stateful.parts import check_name
+from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage import commit, weights
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.commit import Description
@@ -126,13 +126,9 @@ def import_checkpoint(
     """
     step = source.step if step is None else step
     # What somebody gave up on, or is still at, is none: nobody resumes from it.
-    present = [
-        name
-        for name in run_storage.directories(run_path)
-        if layout.parse_name(name) is not None and layout.MANIFEST in run_storage.sizes(posixpath.join(run_path, name))
-    ]
-    if present:
-        raise FileExistsError(f"{run_path} has checkpoints already, {present[-1]} among them; import into a new run")
+    present = next(DirectoryRun(run_storage, run_path, run_path).candidates(), None)
+    if present is not None:
+        raise FileExistsError(f"{run_path} has checkpoints already, {present} among them; import into a new run")
     attempt = secrets.token_hex(3)
     name = str(CheckpointName(step, attempt))
     path = posixpath.join(run_path, name)

@@ -39,7 +39,7 @@ _LET_GO_S = 0.2
 
 def current_rank() -> int:
     """This process's rank in the default process group; 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return 0 if world() is None else dist.get_rank()
 
 
 def world() -> dist.ProcessGroup | None:
@@ -260,6 +260,7 @@ def _let_go() -> None:
     of an error, and of an orderly end, would be lost.
     """
     if _groups:
+        # There is nothing to wait for: gloo does not tell when its threads have done it.
         time.sleep(_LET_GO_S)
 
 

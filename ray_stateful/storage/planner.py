@@ -31,9 +31,7 @@ from ray_stateful.format.layout import is_of_one_rank
 from ray_stateful.format.rows import MAX_PATH_LENGTH, KeyPath
 from ray_stateful.storage.assignment import SMALL_BYTES, ListingPlan, ValueWriteData, assign, lengths_of
 from ray_stateful.storage.staging import StagedTensors, Staging
-from ray_stateful.storage.structure import flatten, is_tensor, refuse_wrapper, two_of
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+from ray_stateful.storage.structure import PLAIN_TENSORS, flatten, is_tensor, refuse_wrapper, two_of
 
 _LONE_HALF = re.compile("[\ud800-\udfff]")
 
@@ -97,7 +95,7 @@ class BalancedSavePlanner(DefaultSavePlanner):
         return {
             key: _described(value, {})
             for key, value in self.state_dict.items()
-            if type(value) in _PLAIN
+            if type(value) in PLAIN_TENSORS
             and value.numel() * value.element_size() <= SMALL_BYTES
             and not is_of_one_rank(self.mappings[key])
         }

@@ -16,8 +16,8 @@ from ray_stateful.format.rows import IntKey, KeyPath
 
 # Looked up by exact type first: to ask whether something is a Mapping or a Tensor is a call into Python.
 _SCALARS = frozenset({bool, float, int, str, type(None)})
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-_LEAVES = _SCALARS | _PLAIN | {DTensor}
+PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_LEAVES = _SCALARS | PLAIN_TENSORS | {DTensor}
 
 
 class PerRank(dict[str, Any]):
@@ -107,7 +107,7 @@ def refuse_wrapper(key: str, tensor: Any) -> None:
         with torch.no_grad():
             tensor = tensor.to_local()
     # The result of a collective is one as well, and waits for its elements.
-    if type(tensor) in _PLAIN or isinstance(tensor, ShardedTensor | AsyncCollectiveTensor):
+    if type(tensor) in PLAIN_TENSORS or isinstance(tensor, ShardedTensor | AsyncCollectiveTensor):
         return
     if is_traceable_wrapper_subclass(tensor) or _has_no_memory(tensor):
         raise UnsupportedState(

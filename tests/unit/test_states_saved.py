@@ -23,6 +23,7 @@ CHANGES = {
     "a position before the first": ("batches", ["position"], -50),
     "a position beyond the last": ("batches", ["position"], 105),
     "samples of more than 64 bits": ("batches", ["samples"], 10**30),
+    "samples of more digits than a float has": ("batches", ["samples"], 10**400),
     "a seed that is a text": ("batches", ["seed"], "x"),
     "a step that is true": ("progress", ["step"], True),
     "a time that is none": ("progress", ["wall_s"], math.nan),

@@ -74,11 +74,14 @@ class BackgroundSaver:
         # The buffers hold the last save until it is finished: filling them now would tear it.
         assert not self.busy
         saving.collect(self._staging)
-        self._saving, self._outcome = saving, Outcome()
+        self._saving, self._outcome, released = saving, Outcome(), threading.Event()
         self._thread = threading.Thread(
-            target=self._write, args=(saving, self._outcome), name="checkpoint", daemon=True
+            target=self._write, args=(saving, self._outcome, released), name="checkpoint", daemon=True
         )
         self._thread.start()
+        # `start` waits for the thread to run. Without this it would run on, and hold the interpreter's lock while it
+        # plans: training would stand still for another `sys.getswitchinterval()`, which is 5 ms.
+        released.set()
 
     def wait(self) -> None:
         """Wait for this rank's thread.
@@ -127,7 +130,8 @@ class BackgroundSaver:
             raise self._outcome.error
         raise RankFailed("save in the background", {rank: failure.text for rank, failure in failures.items()})
 
-    def _write(self, saving: Saving, outcome: Outcome) -> None:
+    def _write(self, saving: Saving, outcome: Outcome, released: threading.Event) -> None:
+        released.wait()
         with outcome.catch():
             saving.write(self._ranks)
 

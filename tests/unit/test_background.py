@@ -1,12 +1,17 @@
 """A background save of one process: what it keeps, and what it takes when."""
 
+import sys
+import time
 import weakref
 
 import pytest
 import torch
 
 from ray_stateful import Checkpointer, checkpoint
+from ray_stateful.background import BackgroundSaver
+from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
+from ray_stateful.stopwatch import Stopwatch
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import FaultyStorage, Hang
 
@@ -57,6 +62,44 @@ class Noting(DirectoryRun):
     def prepare_report(self, metrics):
         Noting.noted = (*Noting.noted, metrics)
         return metrics
+
+
+class BusySaving:
+    """A save whose writing is Python and nothing else. It stands in only for how long the interpreter is held."""
+
+    GIVE_UP_S = 2.0
+
+    def __init__(self):
+        self.training_goes_on = self.was_seen = False
+        self.clock = Stopwatch()
+
+    def collect(self, staging):
+        pass
+
+    def write(self, ranks):
+        until = time.monotonic() + self.GIVE_UP_S
+        while not self.training_goes_on and time.monotonic() < until:
+            pass
+        self.was_seen = self.training_goes_on
+
+
+@pytest.fixture
+def no_switching():
+    """A thread keeps the interpreter's lock until it waits for something."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(10 * BusySaving.GIVE_UP_S)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_training_goes_on_before_the_thread_that_writes_has_the_interpreter(no_switching):
+    saver, saving = BackgroundSaver(Ranks(), timeout_s=10), BusySaving()
+
+    saver.begin(saving)
+    saving.training_goes_on = True
+
+    saver.wait()
+    assert saving.was_seen
 
 
 def test_what_was_copied_is_let_go_before_it_is_written(tmp_path):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ray_stateful.states.progress import Progress
     from ray_stateful.states.random import RandomState
 
-# Found on first use: the command line must not import torch, nor a training process Ray's controller classes.
+# Imported on first use: the command line must do without torch, and a training process without Ray's controller.
 _MODULES = {
     "Checkpointer": "checkpointer",
     "GlobalBatchSampler": "states.batches",

@@ -1,8 +1,8 @@
 """Saving while training goes on: one save in flight, written by a thread over a process group of its own.
 
-The training thread pays for `begin`: collecting the state and one copy of the local shards. The thread does the rest
-up to the commit. The report is made by the training thread again, at the first step boundary at which every rank's
-thread has ended.
+The training thread pays for `begin`: collecting the state and one copy of the local shards. The background thread does
+the rest up to the commit. The training thread makes the report, at the first step boundary at which every rank's
+background thread has ended.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ray_stateful.storage.staging import Staging
 
 T = TypeVar("T")
 
-# Seconds that a training which has failed, or ended without waiting, is held up for a save in flight. One whose thread
-# is in a collective when the interpreter ends is ended by SIGABRT: its error and its exit code would be lost. Files
-# that are being written come first, and count for nothing: the interpreter joins the threads of pools by itself.
+# Seconds that a process whose training failed, or ended without `wait`, is held up for a save in flight. If the save's
+# thread is in a collective when the interpreter ends, SIGABRT ends the process, and its error and exit code are lost.
+# Files being written are not part of these seconds: the interpreter joins the threads of pools before `atexit` runs.
 _LEAVE_S = 5.0
 
 
@@ -38,7 +38,7 @@ class _UntilLeft(Ranks):
     def within_deadline(self, phase: str, collective: Callable[[], T]) -> T:
         if self.left.is_set():
             raise RankTimeout(phase, self.rank, 0.0, "training has ended on this rank")
-        # Not super(): a dataclass with slots is made anew, and it would look for the first one.
+        # Not super(): `slots=True` makes a second class, and super() would look for the first one.
         return Ranks.within_deadline(self, phase, collective)
 
 
@@ -66,11 +66,11 @@ class BackgroundSaver:
 
     @property
     def written(self) -> bool:
-        """Whether this rank's thread of the save in flight has ended, well or not. Local."""
+        """Whether this rank's thread for the save in flight has ended, with or without an error. Local."""
         return self._thread is not None and not self._thread.is_alive()
 
     def begin(self, saving: Saving) -> None:
-        """Copy the state and start to write it. Collective only as far as the parts' `state_dict` are."""
+        """Copy the state and start writing it. Collective only as far as the parts' `state_dict` methods are."""
         # The buffers hold the last save until it is finished: filling them now would tear it.
         assert not self.busy
         saving.collect(self._staging)
@@ -87,7 +87,7 @@ class BackgroundSaver:
         """Wait for this rank's thread.
 
         Raises:
-            RankTimeout: it has not ended in time.
+            RankTimeout: the thread has not ended in time.
         """
         assert self._thread is not None
         assert self._saving is not None
@@ -100,10 +100,10 @@ class BackgroundSaver:
             raise RankTimeout("end a background save", self._ranks.rank, waited_s, "its thread is still writing")
 
     def leave(self) -> None:
-        """Give up the save in flight, if it does not end within some seconds. Of this rank alone: it saves no more."""
+        """Give up the save in flight unless it ends within `_LEAVE_S`. Local; this rank saves no more."""
         if self._thread is not None:
             self._thread.join(_LEAVE_S)
-            # What is being written still is. There can be no end to that here, and after it the thread ends.
+            # A write in progress can't be stopped from here. When it ends the thread ends too, at its next collective.
             self._ranks.left.set()
 
     def finish(self, ranks: Ranks) -> SaveReport:
@@ -115,7 +115,7 @@ class BackgroundSaver:
         Raises:
             SaveFailed: on every rank; nothing was committed.
             ReportFailed: on every rank; the checkpoint is committed.
-            RankFailed: on the ranks that had done their part, if another one ran into its deadline.
+            RankFailed: on the ranks that had done their part, if another rank ran into its deadline.
         """
         assert self.written
         assert self._saving is not None
@@ -124,7 +124,7 @@ class BackgroundSaver:
         if not failures:
             return saving.report(ranks)
         saving.tell_stall(ranks)
-        # A write that was given up may still read from its buffer.
+        # A write that was given up may still be reading the old buffers.
         self._staging = Staging()
         if self._outcome.error is not None:
             raise self._outcome.error

@@ -1,6 +1,6 @@
 """Which checkpoints a restore may begin from, newest first: rank 0 asks storage, and all ranks get the answer.
 
-One that turns out to be damaged is rejected by all ranks, together.
+A checkpoint that turns out to be damaged is rejected by all ranks together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Rejected(CheckpointError):
-    """A checkpoint can't be used; raised on every rank, with the same words."""
+    """A checkpoint can't be used; raised on every rank, with the same reason."""
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -41,7 +41,7 @@ def agree(phase: str, failures: Mapping[int, Failure]) -> None:
 
 
 def find(run: Run, checkpoint: Any) -> tuple[Run, str | None]:
-    """The run and the name of `checkpoint`; `run` and `None` where none is named. Of this rank alone.
+    """The run and the name of `checkpoint`; `run` and `None` if `checkpoint` is `None`. Local.
 
     Raises:
         OSError, ValueError: its storage can't be reached, or is of an unknown kind.
@@ -57,8 +57,8 @@ def find(run: Run, checkpoint: Any) -> tuple[Run, str | None]:
 class Candidate:
     """A checkpoint to try: the bytes that describe it, or why rank 0 could not read them.
 
-    `to_report` says that the workers that committed it died before they had reported it. One that was asked for by
-    name is none: that is not where the run is.
+    `to_report` says that the workers that committed it died before they had reported it. It is false for a checkpoint
+    that was asked for by name, which need not be the newest of the run.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Candidate:
 
 
 def newest_first(run: Run, only: str | None, ranks: Ranks) -> Iterator[Candidate]:
-    """Which checkpoints to try, newest first: those of `run`, or the one that is named `only`.
+    """Which checkpoints to try, newest first: those of `run`, or only the one named `only`.
 
-    Each step is collective: rank 0 asks storage, and all ranks get its answer, the same bytes.
+    Each step of the iterator is collective: rank 0 asks storage, and all ranks get its answer, the same bytes.
 
     Raises:
-        RankFailed: at any step, on every rank, as rank 0 could not ask which there are.
+        RankFailed: at any step, on every rank; rank 0 could not find out which checkpoints there are.
     """
     names: Iterator[str] | None = None if only is None else iter([only])
     while True:

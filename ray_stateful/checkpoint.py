@@ -6,23 +6,23 @@ of them, and every wait has a deadline.
 Saving
   1. (all)     agree that this is the same step on every rank
   2. (all)     collect the state dicts; a background save copies the local shards to host buffers, and training goes on
-  3. (rank 0)  names the directory, with an attempt of its own; in the same collective each rank says what its plan
-     depends on, and whether it refuses: its report is prepared before
+  3. (rank 0)  names the directory, with a new attempt id; in the same collective each rank says what its plan depends
+     on, and whether it refuses the save, for which it has prepared its report beforehand
   4. (all, rank 0, all)  local plan, global plan, final plan; or the last save's, if all ranks have the same structure
   5. (all)     stream the items to files, with checksums computed on the way
   6. (all)     gather outcomes: one rank's failure is every rank's `SaveFailed`, and rank 0 deletes what was written
   7. (rank 0)  proves that the chunks cover every tensor, writes metadata and index, and last the manifest: the commit
-  8. (all)     share the outcome of 7, as that of 5; then every rank reports, or none does
+  8. (all)     share the outcome of 7, as they did that of 5; then every rank reports, or none does
 
 Restoring
-  1. (rank 0)  candidates, newest first; manifest and index of one are read there, and broadcast
-  2. (all)     match the state against the index, before either is touched
-  3. (all)     read this rank's shards, or what others want of the same small chunks for them, each block checked
+  1. (rank 0)  lists candidates, newest first; reads manifest and index of one, and broadcasts them
+  2. (all)     match the state against the index, before anything is loaded
+  3. (all)     read this rank's shards, and for other ranks bytes that several of them want; each block is checked
      before it is copied
   4. (all)     share outcomes: one rank's damaged byte makes all ranks take the next candidate
   5. (all)     hand the values to each part; random streams last
-  6. (all)     report it, if its writers died before they had
-  Without any candidate: 2 to 5 for the models alone, from the initial weights, if there are some (`initial.py`)
+  6. (all)     report the checkpoint, if its writers died before they had
+  If there is no candidate: 2 to 5 for the models alone, from the initial weights, if any were given (`initial.py`)
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def save(
     """Save `state` as a new checkpoint of this run, commit it, and report it to Ray Train with `metrics`.
 
     Args:
-        state: Name to part: anything with `state_dict` and `load_state_dict`. The same names on every rank.
+        state: Name to part, which is anything with `state_dict` and `load_state_dict`. The same names on every rank.
         metrics: Plain numbers and strings, reported together with the checkpoint.
         step: Optimizer steps completed, the same on every rank.
         samples: Samples trained, for the manifest.
@@ -91,10 +91,11 @@ def save(
         timeout_s: How long this rank waits for the others in any one step.
 
     Raises:
-        UnsupportedState: the state of some rank is not one; on every rank, before anything is written.
-        ValueError: `step` or `num_files` is absurd, on the ranks that gave it; or there is no run to save to.
+        UnsupportedState: some rank's state is not valid, or has different parts; on every rank, before anything is
+            written.
+        ValueError: `step` or `num_files` is out of range, on the ranks that gave it; or there is no run to save to.
         UnevenSteps: on every rank, before anything is written.
-        UnmatchedCalls: some rank is in another call; on every rank, before anything is written.
+        UnmatchedCalls: some rank made a different call; on every rank, before anything is written.
         SaveFailed: on every rank; nothing was committed, and the next save can succeed.
         ReportFailed: on every rank; the checkpoint is committed, but Ray does not know of it.
         RankTimeout: a rank did not arrive in time.
@@ -109,13 +110,13 @@ def save(
 
 
 def _counted(step: Callable[[Saving, Ranks], T]) -> Callable[[Saving, Ranks], T]:
-    """A piece of a save whose failure is counted as one of the save, whichever way it was called."""
+    """Count an error in `step`, a piece of a save, as a failure of that save, whoever calls the piece."""
 
     @functools.wraps(step)
     def counted(self: Saving, ranks: Ranks) -> T:
         try:
             return step(self, ranks)
-        except Exception:  # whatever it is: counted, and raised again
+        except Exception:  # whatever it is: counted, and re-raised
             self._tell(ranks, meters.of_failed_save(self.clock.stop(), self.clock, ranks.rank))
             raise
 
@@ -125,8 +126,9 @@ def _counted(step: Callable[[Saving, Ranks], T]) -> Callable[[Saving, Ranks], T]
 class Saving:
     """One save, in pieces that may run at different times: training need only stand still for `collect`.
 
-    Every rank calls all four, in this order: `agree_on_step` (or knows already), `collect`, `write`, `report`. The
-    thread that trains makes it: `clock` tells by that how long training stood still.
+    Every rank calls all four, in this order: `agree_on_step` (unless ranks have agreed already), `collect`, `write`,
+    `report`. The training thread must create the object: `clock` counts the phases of the thread that created it as
+    time for which training stood still.
     """
 
     def __init__(
@@ -141,14 +143,14 @@ class Saving:
         plans: PlanCache | None = None,
     ) -> None:
         self._outcome = Outcome()
-        # Kept, as an error of this rank alone would leave the others waiting for it.
+        # Kept, not raised: if this rank alone raised, the others would wait for it.
         with self._outcome.catch():
             parts.check(state)
             if not 0 <= step <= MAX_STEP:
                 raise ValueError(f"step is {step}; a checkpoint's name has room for 0 to {MAX_STEP:,}")
             check_num_files(num_files)
         self._state, self._run = state, run
-        # As given: what is wrong with them is found by `collect`, which raises nothing on this rank alone.
+        # Not checked here but by `collect`, whose errors `write` raises on every rank.
         self._metrics: Mapping[str, Any] = {} if metrics is None else metrics
         self._step, self._samples, self._num_files = step, samples, num_files
         self._plans = plans or PlanCache()
@@ -160,11 +162,11 @@ class Saving:
 
     @_counted
     def agree_on_step(self, ranks: Ranks) -> None:
-        """1. One step, or shards of different steps would be committed as one checkpoint.
+        """1. Agree on one step: otherwise shards of different steps would be committed as one checkpoint.
 
         Raises:
             UnevenSteps, UnsupportedState: ranks are at different steps, or have different parts; on every rank.
-            ValueError: of a step that has no name, or an absurd number of files, on the ranks that gave it.
+            ValueError: the step or the number of files is out of range, on the ranks that gave it.
         """
         self.clock.begin("agree")
         everyone = parts.share_names(ranks, "agree on the step", self._state, self._outcome, [self._step])
@@ -173,15 +175,15 @@ class Saving:
         parts.refuse_different(self._state, [names for _, names in everyone])
 
     def collect(self, staging: Staging | None = None) -> None:
-        """2.
+        """2. Collect the state dicts of the parts; with `staging`, copy the local shards as well.
 
-        Ask the parts; with `staging`, copy the shards as well. An error is kept, and raised everywhere by `write`.
+        An error is kept, and `write` raises it on every rank.
         """
         self.clock.begin("collect")
         with self._outcome.catch():
-            # Now: a running sum in a tensor goes on running.
+            # Now: a metric may be a tensor to which training goes on adding.
             self._metrics = plain_metrics(self._metrics)
-        # The rank matters to parts that have a value each, and is the same in every group of all ranks.
+        # Parts with one value per rank need the rank. It is the same in every group of all ranks.
         collected = parts.collect(self._state, current_rank(), self._outcome)
         with self._outcome.catch():
             self._planner.set_up_planner(collected)
@@ -227,19 +229,19 @@ class Saving:
         try:
             self._write_and_commit(ranks, path, writer, plan, metadata)
         except SaveFailed:
-            # A write that was given up may still add to it: that is an orphan, to be collected later.
+            # A write that was given up may still add files to the directory: an orphan, to be collected later.
             if ranks.rank == 0 and not writer.may_be_committed:
                 commit.discard(storage, path, ranks.timeout_s / 8)
             raise
         self._created_s = time.time()
-        # Until here: a background save is reported when the training thread next has a moment for it.
+        # Measured to here: a background save waits for its report until the training thread comes to make it.
         self._seconds = time.monotonic() - self._began
         self.clock.stop()
 
     def _write_and_commit(
         self, ranks: Ranks, path: str, writer: CheckpointWriter, plan: SavePlan, metadata: Metadata | None
     ) -> None:
-        """5 to 7. Raises `SaveFailed` on every rank, once all have ended what they do for this save, or given up."""
+        """5 to 7. Raises `SaveFailed` on every rank, once all have finished their work for this save or given up."""
         outcome, planner = self._outcome, self._planner
         written: list[WriteResult] = []
         with outcome.catch():
@@ -268,7 +270,7 @@ class Saving:
 
     @_counted
     def report(self, ranks: Ranks) -> SaveReport:
-        """8. A rank that reported alone would wait in ray.train.report for peers that never arrive.
+        """8. Report on every rank: one that did so alone would wait in ray.train.report for peers that never arrive.
 
         Raises:
             ReportFailed: on every rank; the checkpoint is committed.
@@ -292,7 +294,7 @@ class Saving:
         return report
 
     def tell_stall(self, ranks: Ranks) -> None:
-        """Count what training waited for a save in the background that has failed meanwhile."""
+        """Count the seconds that training waited for a background save that has failed."""
         self._tell(ranks, meters.of_stall(self.clock, ranks.rank))
 
     def _tell(self, ranks: Ranks, samples: list[Sample]) -> None:
@@ -306,13 +308,13 @@ class Saving:
         values: Mapping[str, str],
         everyone: Sequence[Sequence[int]],
     ) -> tuple[SavePlan, Metadata | None]:
-        """The items of this rank, and on rank 0 what there is altogether.
+        """This rank's items, and on rank 0 the metadata of the whole checkpoint.
 
         Args:
-            tensors, values: What other ranks may have too, as the planner says it.
-            everyone: Of each rank, the digests of its structure, `tensors` and `values`: twenty-four bytes that say
-                whether all have the structure of the last save, and agree on the values. Then nothing that grows with
-                the number of parameters is sent.
+            tensors, values: Entries that other ranks may have too, by key, as the planner describes them.
+            everyone: Each rank's digests of its structure, `tensors` and `values`: twenty-four bytes, from which ranks
+                know whether all have the structure of the last save and agree on the values. If so, nothing that grows
+                with the number of parameters is sent.
         """
         planner = self._planner
         structures, of_tensors, of_values = zip(*everyone, strict=True)
@@ -322,7 +324,7 @@ class Saving:
 
         plan, metadata = SavePlan([]), None
         with self._outcome.catch():
-            # Of what AdamW has for a parameter twelve entries of fourteen are of these, and all ranks would send them.
+            # Dealt out, or all ranks would send what all have: twelve of AdamW's fourteen entries per parameter.
             writers = deal(tensors if agree(of_tensors) else {}, values if agree(of_values) else {}, ranks.world_size)
             plan = leave(planner.create_local_plan(), writers, ranks.rank)
         _agree(ranks, path, "plan", self._outcome)
@@ -361,19 +363,20 @@ def restore(
 ) -> ResumeReport | None:
     """Load the newest intact checkpoint of this run into `state`, in place, on every rank.
 
-    Each rank reads the bytes of its own shards, whatever number of workers wrote them; of what several want small
-    pieces of, one reads those of all.
+    Each rank reads the bytes of its own shards, whatever number of workers wrote them; where several ranks want small
+    pieces of the same chunks, one of them reads the pieces of all.
 
     Args:
         state: Name to part, as for `save`; tensors keep their placement and dtype.
-        checkpoint: One to load instead of the newest: a `ray.train.Checkpoint`, a URI or path, or the name of one of
-            this run.
+        checkpoint: The one to load instead of the newest: a `ray.train.Checkpoint`, a URI or path, or the name of a
+            checkpoint of this run.
         verify: "touched" checks the bytes that are read, block by block, as they are copied into the state's tensors.
             "full" checks every byte of every file before anything is loaded, and so reads twice.
-        initial: Weights to begin from when the run has no checkpoint yet: a `ray.train.Checkpoint`, a URI or path, of
-            safetensors in the Hugging Face layout (one file, or a directory) or of a checkpoint, also of stock DCP.
-            They are the model's alone: all other parts stay as they are, and the run is at step 0. Floating-point
-            tensors are cast to the model's dtype. `ModelState(skip_task_head_prefixes=...)` says which heads they lack.
+        initial: Weights to begin from when the run has no checkpoint yet: a `ray.train.Checkpoint`, URI or path that
+            leads to safetensors in the Hugging Face layout (one file, or a directory), or to a checkpoint, of this
+            package or of stock DCP. Only models load them: all other parts stay as they are, and the run is at step 0.
+            Floating-point tensors are cast to the model's dtype. `ModelState(skip_task_head_prefixes=...)` says which
+            heads the weights lack.
         run: Where to look: a directory or URI. By default the Ray Train run this worker belongs to.
         limits: How much is read at a time.
         timeout_s: How long this rank waits for the others in any one step.
@@ -383,23 +386,23 @@ def restore(
         yet, and no initial weights were given.
 
     Raises:
-        UnsupportedState: the state of some rank is not one, or has other parts; on every rank.
-        ValueError: `initial` is given together with `checkpoint`, or without a `ModelState` in the state; either of
-            them is not the same on all ranks; or there is no run to look in.
+        UnsupportedState: some rank's state is not valid, or has different parts; on every rank.
+        ValueError: `initial` is given together with `checkpoint`, or without a `ModelState` in the state; one of the
+            two is not the same on all ranks; or there is no run to look in.
         StateMismatch: on every rank, before anything is loaded; lists every missing, unexpected and misshapen key.
         ResizeRefused: on every rank, before anything is loaded; a part has no rule for this number of workers.
         NoIntactCheckpoint: on every rank; there are checkpoints, and none passed verification. Tensors may hold a
-            mixture by then. Initial weights are no way out of that.
-        NoInitialWeights: on every rank; there is no checkpoint, and `initial` is damaged, or names nothing of its kind.
-        ReportFailed: on every rank; all is restored, but what had not been reported yet can't be reported now.
-        RankFailed: on every rank; some rank could not read for another reason than damage.
-        UnmatchedCalls: some rank is in another call; on every rank.
+            mixture of checkpoints by then. `initial` is not used in this case.
+        NoInitialWeights: on every rank; there is no checkpoint, and `initial` is damaged, or leads to no weights.
+        ReportFailed: on every rank; all is restored, but the checkpoint had never been reported, and can't be now.
+        RankFailed: on every rank; some rank could not read, for a reason other than damage.
+        UnmatchedCalls: some rank made a different call; on every rank.
         RankTimeout: a rank did not arrive in time.
     """
     if verify not in ("touched", "full"):
         raise ValueError(f"verify is {verify!r}; 'touched' checks what is read, 'full' every byte")
     outcome, digests = Outcome(), [0, 0]
-    # Kept, as an error of this rank alone would leave the others waiting for it.
+    # Kept, not raised: if this rank alone raised, the others would wait for it.
     with outcome.catch():
         parts.check(state)
         if initial is not None:
@@ -417,7 +420,7 @@ def restore(
     rejected: dict[str, str] = {}
     try:
         report, is_to_report = _restore_newest(state, source, to_try, ranks, limits, verify, initial, rejected)
-    except Exception:  # whatever it is: counted, and raised again
+    except Exception:  # whatever it is: counted, and re-raised
         meters.tell(run, source.storage, ranks.rank, meters.of_failed_restore(rejected, ranks.rank))
         raise
     if report is None:
@@ -425,7 +428,7 @@ def restore(
     if ranks.rank == 0:
         logger.info("%s", report, extra={"ray_stateful": report.as_fields()})
         if not logger.isEnabledFor(logging.INFO):
-            # Outside of Ray, whose workers log at this level, nobody would see it.
+            # Ray's workers log at this level; elsewhere nobody would see the report.
             print(report, flush=True)
     meters.tell(run, source.storage, ranks.rank, meters.of_restore(report, ranks.rank))
     if is_to_report:
@@ -445,7 +448,10 @@ def _restore_newest(
 ) -> tuple[ResumeReport | None, bool]:
     """Restore the first of `to_try` that is intact; those before it are added to `rejected`, with the reason.
 
-    If there are none, the models begin from `initial`; `None` without that. And whether it is still to be reported.
+    If there are no candidates, the models begin from `initial`, if that is given.
+
+    Returns:
+        The report, `None` if nothing was loaded; and whether the checkpoint is still to be reported.
     """
     touched: set[str] = set()
     for candidate in to_try:
@@ -467,7 +473,7 @@ def _restore_newest(
 
 
 def _agree(ranks: Ranks, path: str, phase: str, outcome: Outcome, facts: Sequence[int] = ()) -> list[list[int]]:
-    """Everyone's `facts`, of which each rank has as many; or what went wrong on any of them, raised on all.
+    """Everyone's `facts`, the same number from each rank; an error of any rank is raised on all of them.
 
     Raises:
         SaveFailed: on every rank.

@@ -1,8 +1,8 @@
 """When to save: every so many steps or seconds, at the end, before a planned change of the workers, and on request.
 
-What a save is stands in `ray_stateful.checkpoint`. Here is only the decision, which is one for all ranks: at each
-step boundary every rank says what it would like, in one small collective on a CPU group, and all of them do what any
-of them asked for.
+How a save works is described in `ray_stateful.checkpoint`. This module only decides when, for all ranks together: at
+each step boundary every rank says what it would like, in one small collective on a CPU group, and all of them do what
+any of them asked for.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from ray_stateful.storage.writer import DEFAULT_NUM_FILES, check_num_files
 
 logger = logging.getLogger(__name__)
 
-# Where Ray's answer is a barrier, and takes some tens of milliseconds. A worker that is told looks at every step.
+# Used where asking Ray is a barrier, which takes tens of milliseconds. A worker that Ray tells looks at every step.
 _ASK_PREEMPTION_EVERY_N_STEPS = 10
 
-# Of the savers of this process.
+# Numbers the Checkpointers of this process, to name their background groups.
 _numbers = itertools.count()
 
-# A save is taken to need this much longer than the last one did, before it is left out for lack of time.
+# Before a preemption a save is assumed to take this many times as long as the last one. If less is left, it is skipped.
 _PREEMPTION_MARGIN = 1.5
 
 
@@ -50,26 +50,28 @@ class Checkpointer:
     Args:
         state: Name to part, as for `ray_stateful.save`.
         every_n_steps: Save whenever the number of completed steps is a multiple of this.
-        every_s: Save when this many seconds have passed since the last save, on any rank; also since one that failed.
-        at_end: Save the last step when the `with` block ends without an exception. Without it, that is still done if
-            a save is due by then: one that was requested, or put off for one in flight.
-        background: Write while training goes on; it stands still for one copy of the local shards to host memory,
-            which is kept for the next save. One save is in flight at most: one that is due meanwhile is begun when
-            that has ended. What can't wait (a resize, a preemption, the end) is saved in the foreground, after it.
-        orphans_after_s: Rank 0 deletes, once and in a thread of its own, directories of this run that are older than
-            this, were never committed, and are not known to Ray; see `ray_stateful.orphans`. `None` leaves them.
-        soft_fail: Consecutive failed saves that training goes on through. The next one is raised.
+        every_s: Save when, on any rank, this many seconds have passed since the last save, whether or not it failed.
+        at_end: Save the last step when the `with` block ends without an exception. If false, it is still saved if a
+            save is due by then: one that was requested, or postponed because another was in flight.
+        background: Write while training goes on. Training stands still only for one copy of the local shards to host
+            memory, in buffers that are kept for the next save. At most one save is in flight: one that falls due
+            meanwhile is begun when that has ended. What can't wait (a resize, a preemption, the end) is saved in the
+            foreground, after the one in flight.
+        orphans_after_s: Rank 0 deletes, once and in a thread of its own, directories of this run that were last changed
+            more than this many seconds ago, were never committed, and are not known to Ray; see `ray_stateful.orphans`.
+            `None` leaves them.
+        soft_fail: How many saves in a row may fail while training goes on. The failure after those is raised.
         run: Where to save: a directory or URI. By default the Ray Train run this worker belongs to.
         num_files: Files each rank writes at a time.
         limits: How much each rank reads at a time.
         timeout_s: How long this rank waits for the others in any one step of a save or restore.
 
-    `step_count` is the number of optimizer steps completed in the history of the run. Every call is a `RuntimeError`
-    once the default process group is another one than when this was made.
+    `step_count` is the number of optimizer steps completed in the history of the run. `restore`, `step`, `save` and the
+    end of the `with` block raise `RuntimeError` if the default process group has changed since this was made.
 
     Raises:
         ValueError: a setting makes no sense; or there is no run to save to.
-        RankTimeout: a rank did not come to make the group of the collectives.
+        RankTimeout: a rank did not arrive to make the process groups of the collectives.
     """
 
     def __init__(
@@ -106,13 +108,13 @@ class Checkpointer:
         self._num_files, self._limits, self._timeout_s = num_files, limits, timeout_s
         self._world = world()
         self._ranks = Ranks.of_world(timeout_s)
-        # A group of its own for each: the threads of two savers would meet in one in any order.
+        # Each saver has its own group: in a shared one, the collectives of two threads could meet in any order.
         own = f"background {next(_numbers)}"
         self._background = BackgroundSaver(Ranks.of_world(timeout_s, own), timeout_s) if background else None
         self._plans = PlanCache()
         self._postponed = False
-        # The newest request, the one that a save was begun after, and the one that a save was made after. Each is an
-        # object of its own: to assign one needs no lock, which a signal's handler could find taken by its own thread.
+        # The newest request, the newest before the last save was begun, and the newest that a finished save serves.
+        # Each is a new object: assigning it needs no lock, which a signal handler could find held by its own thread.
         self._request: object | None = None
         self._taken: object | None = None
         self._served: object | None = None
@@ -150,9 +152,8 @@ class Checkpointer:
     ) -> ResumeReport | None:
         """Load the newest intact checkpoint of this run, if there is one, and go on counting from its step.
 
-        If there is none, the models begin from the weights at `initial`, at step 0. Collective. Takes what
-        `ray_stateful.restore` takes, and raises what it raises. A background save in flight is waited for first, as
-        by `wait`.
+        If there is none, the models begin from the weights at `initial`, at step 0. Collective. Arguments and errors
+        are those of `ray_stateful.restore`. A background save in flight is waited for first, as by `wait`.
         """
         self._check_world()
         self.wait()
@@ -165,7 +166,7 @@ class Checkpointer:
             limits=self._limits,
             timeout_s=self._timeout_s,
         )
-        # Initial weights are no saved step of this run.
+        # Initial weights are not a saved step of this run.
         if report is not None and not report.initial:
             self.step_count = self._saved_step = report.step
         self._tried_at_s = time.monotonic()
@@ -177,12 +178,12 @@ class Checkpointer:
         Collective: every rank calls it after every optimizer step.
 
         Returns:
-            What was saved, or what a background save has come to; `None` if neither.
+            The report of the save made now, or of a background save that has ended; `None` if there is none.
 
         Raises:
-            UnevenSteps: ranks have come to a different number of steps; on every rank.
-            UnmatchedCalls: some rank is in another call than a step; on every rank.
-            SaveFailed: on every rank, at the save after `soft_fail` failed ones.
+            UnevenSteps: ranks have counted different numbers of steps, or some are at the end; on every rank.
+            UnmatchedCalls: some rank made a different call; on every rank.
+            SaveFailed: on every rank, at the failure that follows `soft_fail` failed saves in a row.
             ReportFailed, RankTimeout: as `ray_stateful.save`; not forgiven by `soft_fail`.
             RankFailed: as `wait`.
         """
@@ -202,7 +203,7 @@ class Checkpointer:
         if self._background is None or decision.urgent:
             report = self._softly(lambda: self.save(metrics))
             if report is not None and decision.reasons & Reason.PREEMPTION:
-                # A rank that has not heard of it yet need not ask for it again when it does.
+                # A rank that has not heard of the preemption yet must not ask for another save when it does.
                 self._foretold = self._preemption in (None, self._preemption_done)
                 self._preemption_done = self._preemption
         elif self._background.busy:
@@ -231,23 +232,23 @@ class Checkpointer:
         Raises:
             SaveFailed: on every rank, if `soft_fail` does not forgive it.
             ReportFailed: on every rank; the checkpoint is committed.
-            RankTimeout: it has not ended in time, on the ranks where it has not.
-            RankFailed: on the ranks that had done their part of it, if another one ran into its deadline.
-            UnmatchedCalls: some rank is in another call; on every rank.
+            RankTimeout: on the ranks where the save has not ended in time.
+            RankFailed: on the ranks that had done their part of it, if another rank ran into its deadline.
+            UnmatchedCalls: some rank made a different call; on every rank.
         """
         if self._background is not None and self._background.busy:
             self._background.wait()
             self._softly(self._finish)
 
     def request_save(self) -> None:
-        """Ask for a save at the next step boundary; from any thread or signal handler, on any one rank or more.
+        """Ask for a save at the next step boundary: from any thread or signal handler, on one or more ranks.
 
-        If that save fails, and `soft_fail` forgives it, it is tried again at the next boundary.
+        If that save fails, and `soft_fail` forgives it, another is made at the next boundary.
         """
         self._request = object()
 
     def _check_world(self) -> None:
-        # One that is made before the group is a world of one for good: each rank would commit a checkpoint of its own.
+        # Made before the group, it would stay a world of one for good: each rank would commit a checkpoint of its own.
         if world() is not self._world:
             made = "without a process group" if self._world is None else "in a process group"
             now = "without one" if world() is None else "in one" if self._world is None else "in another one"
@@ -257,7 +258,7 @@ class Checkpointer:
             )
 
     def _wishes(self) -> Reason:
-        """What this rank would like, of its own knowledge."""
+        """Why this rank, from what it knows itself, would like to save now."""
         reasons = self._request_wish()
         if self._every_n_steps is not None and self.step_count % self._every_n_steps == 0:
             reasons |= Reason.STEPS
@@ -268,14 +269,14 @@ class Checkpointer:
         return reasons
 
     def _request_wish(self) -> Reason:
-        """Whether a request waits for a save: none was made after it, and none that is in flight was begun after it."""
+        """`REQUEST` if the newest request still needs a save: none that is done or in flight was begun after it."""
         in_flight = self._background is not None and self._background.busy
         if self._request is self._served or (in_flight and self._request is self._taken):
             return Reason(0)
         return Reason.REQUEST
 
     def _agree(self, mine: Reason) -> Decision:
-        """Tell the others what this rank would like, and do as all do."""
+        """Tell the others what this rank would like; the decision is the same on all ranks."""
         written = self._background is not None and self._background.written
         wish = [self.step_count, int(mine), save_requests.save_requested(), int(written)]
         return decide(self._ranks.all_gather_ints("decide whether to save", wish))
@@ -294,7 +295,7 @@ class Checkpointer:
     def _begin(self, background: BackgroundSaver, metrics: Mapping[str, Any] | None) -> None:
         self._postponed, self._taken = False, self._request
         background.begin(self._saving(metrics))
-        # The interval counts from here, or a save that takes longer than it would be followed by the next at once.
+        # The interval counts from here: if it stayed due while this save is in flight, the next would follow at once.
         self._tried_at_s = time.monotonic()
 
     def _finish(self) -> SaveReport:
@@ -305,7 +306,7 @@ class Checkpointer:
         self._saved_step, self._tried_at_s, self._save_s = report.step, time.monotonic(), report.seconds
         self._num_failed, self._served = 0, self._taken
         if self._orphans_after_s is not None:
-            # After a save and not before: there is a newest checkpoint, and storage answers.
+            # After a save and not before: now there is a newest checkpoint, and storage is known to answer.
             after_s, self._orphans_after_s = self._orphans_after_s, None
             threading.Thread(target=orphans.collect, args=(self._run, after_s), name="orphans", daemon=True).start()
         return report
@@ -315,7 +316,7 @@ class Checkpointer:
             return save()
         except SaveFailed as error:
             self._num_failed += 1
-            # The interval counts from here too: at the next step storage is as it is at this one.
+            # The interval counts from a failure too: at the very next step storage will hardly be any better.
             self._tried_at_s = time.monotonic()
             if self._num_failed > self._soft_fail:
                 raise
@@ -330,7 +331,7 @@ class Checkpointer:
             return None
 
     def _is_preempted(self) -> bool:
-        """Whether a node is to be taken away, and there is time to save; true until that was done."""
+        """Whether a node will be taken away, and there is time to save before that; true until such a save is made."""
         found = ray_train.preemption(may_wait=self.step_count % _ASK_PREEMPTION_EVERY_N_STEPS == 0)
         if self._foretold and found not in (None, self._preemption_done):
             self._foretold, self._preemption_done = False, found
@@ -338,7 +339,7 @@ class Checkpointer:
             return False
         self._preemption = found
         left_s = found.seconds_left()
-        # One that is in flight has to end first; it may have just begun.
+        # A save in flight has to end first, and may have only just begun.
         in_flight = self._background is not None and self._background.busy
         needed_s = _PREEMPTION_MARGIN * (self._save_s or 0.0) * (2 if in_flight else 1)
         if left_s is not None and left_s < needed_s:
@@ -348,7 +349,7 @@ class Checkpointer:
                 left_s,
                 needed_s,
             )
-            # There will not be more of it.
+            # There will not be more time later.
             self._preemption_done = found
             return False
         return True

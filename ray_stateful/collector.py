@@ -1,4 +1,4 @@
-"""Python's search for cycles, put off: among very many new objects that all stay it takes longer than making them."""
+"""Pauses Python's cycle collector: where very many new objects all stay alive, it takes longer than making them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Without it in the whole process, for as long as the body takes; then as it was before.
+    """Turn the collector off in the whole process while the body runs; afterwards it is as it was before.
 
-    Whoever turns it off for good in another thread meanwhile finds it on afterwards: nothing tells the two apart.
+    If another thread turns it off for good meanwhile, it is on again afterwards: nothing tells the two apart.
     """
     was_on = gc.isenabled()
     gc.disable()

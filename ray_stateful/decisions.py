@@ -25,8 +25,8 @@ class Reason(enum.IntFlag):
 class Decision:
     """What all ranks do at this step boundary.
 
-    `resize` is the number of the request to save before a resize, or 0; `written` says that every rank's background
-    save has ended.
+    `resize` is the number of the newest request to save before a resize, 0 if there is none; `written` says that the
+    background save has ended on every rank.
     """
 
     reasons: Reason
@@ -39,7 +39,7 @@ class Decision:
 
     @property
     def urgent(self) -> bool:
-        """Whether the workers may be gone before a save in the background is done."""
+        """Whether the workers may be gone before a background save would be done."""
         return bool(self.reasons & Reason.PREEMPTION) or self.resize > 0
 
 
@@ -56,7 +56,7 @@ def decide(wishes: Sequence[Sequence[int]]) -> Decision:
         raise UnevenSteps(steps)
     ended = {rank for rank, (_, reasons, *_) in enumerate(wishes) if reasons & Reason.END}
     if ended and len(ended) < len(wishes):
-        # A rank that goes on has counted the same step, and would wait for the others in the next one.
+        # A rank that goes on has counted the same step as those at the end, and would wait for them in the next one.
         raise UnevenSteps({rank: step + (rank not in ended) for rank, step in steps.items()})
     reasons = functools.reduce(operator.or_, (Reason(reasons) for _, reasons, *_ in wishes), Reason(0))
     return Decision(

@@ -18,7 +18,7 @@ from ray_stateful.storage.reader import value_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changed:
-    """An entry that is of another kind, shape or dtype in the other checkpoint."""
+    """An entry of which the two checkpoints have different kinds, shapes or dtypes."""
 
     key: str
     first: str
@@ -78,7 +78,7 @@ def diff(
         key for key in not_tensors if not _same_value(first_storage, first, second_storage, second, key)
     )
     found: dict[str, _Running] = {}
-    # Of one and the same checkpoint both lists are cut alike; a foreign one has larger slabs, and decides for both.
+    # One checkpoint decides how both are cut, so that slabs match: a foreign one, as its tensors are read whole.
     foreign = first if any(row[0].data_offset < 0 for row in first.chunks.values()) else second
     boxes = slabs.cut(foreign, tensors)
     for a, b in zip(
@@ -99,7 +99,7 @@ def diff(
 
 
 class _Running:
-    """The largest difference of what was compared so far."""
+    """The largest difference in those slabs of one tensor that were compared so far."""
 
     def __init__(self) -> None:
         self.num_elements = self.num_different = 0
@@ -112,12 +112,12 @@ class _Running:
         if not count:
             return
         self.num_different += count
-        # Only what differs is widened: the rest would cost eight bytes an element.
+        # Only elements that differ are widened: the others would cost eight bytes each.
         a, b = (_wide(tensor.reshape(-1)[unequal]) for tensor in (first, second))
         absolute = (a - b).abs()
         largest = torch.maximum(a.abs(), b.abs())
         relative = torch.where(absolute == 0, 0.0, absolute / largest)
-        # NaN in both, with other bits, is the same to whoever computes with it.
+        # NaNs in both, with different bits, are no difference in value: they compute alike.
         both_nan = a.isnan() & b.isnan()
         for name, found in (("_absolute", absolute), ("_relative", relative)):
             found = found.masked_fill(both_nan, 0.0).nan_to_num(nan=float("inf"), posinf=float("inf"))
@@ -157,7 +157,7 @@ def _same_value(
 
 
 def _comparable(value: Any, key: str) -> str:
-    # What torch and numpy print of a large tensor leaves out most of it.
+    # Encoded if possible: the `repr` of a large tensor or array leaves out most of it.
     try:
         return values.encode(value, key)
     except UnsupportedState:

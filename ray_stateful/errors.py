@@ -4,23 +4,23 @@
     ├── SaveFailed                    a save was not committed; raised on every rank
     ├── ReportFailed                  the checkpoint is committed, Ray was not told; raised on every rank
     ├── RestoreFailed                 nothing usable could be loaded; raised on every rank
-    │   ├── StateMismatch             the state and the checkpoint do not fit; nothing was touched
-    │   ├── ResizeRefused             a part has no rule for another number of workers; nothing was touched
-    │   ├── NoIntactCheckpoint        the run has checkpoints, none passed verification
-    │   └── NoInitialWeights          what the run was to begin from is not there, or not what it should be
+    │   ├── StateMismatch             the state and the checkpoint do not match; nothing was touched
+    │   ├── ResizeRefused             a part has no rule for a different number of workers; nothing was touched
+    │   ├── NoIntactCheckpoint        the run has checkpoints, and none passed verification
+    │   └── NoInitialWeights          the weights the run was to begin from are missing or can't be used
     ├── DamagedCheckpoint             one checkpoint does not hold what was written
     │   ├── UnknownFormat             written by a newer version, or by something else
-    │   └── HostileCheckpoint         asks for what no writer of ours writes: paths outside, code, absurd sizes
+    │   └── HostileCheckpoint         asks for what our writers never write: paths outside, code, absurd sizes
     ├── UnsupportedState              a value has no safe encoding; refused before anything is written
-    ├── StorageError                  a storage operation failed for good
-    ├── RankFailed                    another rank failed in a phase that all ranks share
+    ├── StorageError                  a storage operation failed and is not retried any more
+    ├── RankFailed                    some rank failed in a phase that all ranks share
     ├── RankTimeout                   a rank did not arrive at a collective before its deadline
-    ├── UnevenSteps                   ranks came to a save at different steps
+    ├── UnevenSteps                   ranks came to one decision, or one save, at different steps
     └── UnmatchedCalls                ranks made different calls at the same time
 
 All errors survive pickling: Ray sends them from worker to driver. `BaseException.__new__` keeps the
-positional arguments in `args`, and that is what unpickling calls the class with; so constructors here
-take positional arguments, and leave `args` alone by overriding `__str__` instead of calling
+positional arguments in `args`, and unpickling calls the class with them; so constructors here take
+positional arguments, and leave `args` alone by overriding `__str__` instead of calling
 `super().__init__(message)`.
 """
 
@@ -77,8 +77,8 @@ class SaveFailed(CheckpointError):
 class ReportFailed(CheckpointError):
     """`ray.train.report` raised after the checkpoint was committed.
 
-    The checkpoint is whole. Ray's report counter is not: another report from this worker group would wait
-    for ever, so the run refuses further reports; let the error end the workers and Ray restart them.
+    The checkpoint is whole, but Ray's report counter is out of step: a further report from this worker group
+    would wait for ever, so the run refuses it. Let the error end the workers and Ray restart them.
     """
 
     def __init__(self, path: str, causes: dict[int, str]) -> None:
@@ -113,7 +113,7 @@ class StateMismatch(RestoreFailed):
 
 
 class ResizeRefused(RestoreFailed):
-    """A part of the state is one value per worker, and no rule says what it means for another number of them.
+    """A part of the state has one value per worker, and no rule for restoring it on a different number of workers.
 
     Raised on every rank before anything is loaded.
     """
@@ -163,7 +163,7 @@ class NoInitialWeights(RestoreFailed):
 class DamagedCheckpoint(CheckpointError):
     """A file of a checkpoint is missing, cut short, or not what was written.
 
-    `restore` turns it into a fall back to the next older checkpoint, on all ranks together.
+    `restore` then falls back to the next older checkpoint, on all ranks together.
     """
 
     def __init__(self, path: str, found: str) -> None:
@@ -178,7 +178,7 @@ class UnknownFormat(DamagedCheckpoint):
 
 
 class HostileCheckpoint(DamagedCheckpoint):
-    """The checkpoint asks for something no writer of ours writes: it is refused before it is acted on."""
+    """The checkpoint asks for something that our writers never write; refused before it is acted on."""
 
 
 class UnsupportedState(CheckpointError):
@@ -202,7 +202,10 @@ class StorageError(CheckpointError):
 
 
 class RankFailed(CheckpointError):
-    """Some rank failed in a phase that all ranks share. Raised on every rank."""
+    """Some rank failed in a phase that all ranks share.
+
+    Raised on every rank; for a background save, only on the ranks that had done their part of it.
+    """
 
     def __init__(self, phase: str, causes: dict[int, str]) -> None:
         self.phase, self.causes = phase, causes
@@ -222,7 +225,7 @@ class RankTimeout(CheckpointError):
 
 
 class UnevenSteps(CheckpointError):
-    """Ranks came to the same decision with different step counts. Raised on every rank."""
+    """Ranks came to one decision, or one save, with different step counts. Raised on every rank."""
 
     def __init__(self, steps: dict[int, int]) -> None:
         self.steps = steps
@@ -233,7 +236,7 @@ class UnevenSteps(CheckpointError):
 
 
 class UnmatchedCalls(CheckpointError):
-    """Ranks made different calls, of which each has to be made by all of them. Raised on every rank."""
+    """Ranks made different calls where all have to make the same one. Raised on every rank."""
 
     def __init__(self, phases: dict[int, str]) -> None:
         self.phases = phases

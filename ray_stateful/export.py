@@ -1,7 +1,7 @@
-"""A checkpoint as others want it: safetensors in the Hugging Face layout, or a plain DCP directory.
+"""Exports a checkpoint for other tools: safetensors in the Hugging Face layout, or a plain DCP directory.
 
-Streamed from storage to storage, each byte checked on the way; what is in memory at a time is bounded, whatever the
-size of the model.
+Streamed from storage to storage, each byte checked on the way; the memory used is bounded, whatever the size of the
+model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What was written: files in the order of their writing, and what was left out, by key, with the reason."""
+    """What was written: `files` in the order of writing; `left_out` gives the reason for each key left out."""
 
     files: tuple[str, ...]
     num_tensors: int
@@ -49,7 +49,7 @@ class Exported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """The tensors of one part by the names they have there, and the keys they have in the checkpoint."""
+    """The tensors of one part: `keys` maps their names within the part to their keys in the checkpoint."""
 
     keys: Mapping[str, str]
     left_out: Mapping[str, str]
@@ -57,7 +57,7 @@ class Selection:
 
 
 def part_to_export(opened: OpenCheckpoint, part: str | None) -> str:
-    """`part`, if the checkpoint has it; by default `model`, or the only one there is.
+    """`part`, if the checkpoint has it; by default `model`, or the only part there is.
 
     Raises:
         ValueError: says which parts there are.
@@ -74,11 +74,11 @@ def select(opened: OpenCheckpoint, part: str, *, adapter_only: bool = False, dro
     """Which tensors of `part` are exported, under which names.
 
     Args:
-        drop_tied: Leave out an output head that equals the embedding. A head that is tied was not saved to begin with;
-            one that was saved and is equal may be tied by a pipeline, or be about to be trained on its own.
+        drop_tied: Leave out an output head that equals the embedding. A tied head is not saved in the first place; one
+            that was saved and is equal may be tied across pipeline stages, or be about to be trained on its own.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no tensor is left to be exported.
     """
     keys: dict[str, str] = {}
     left_out: dict[str, str] = {}
@@ -86,7 +86,7 @@ def select(opened: OpenCheckpoint, part: str, *, adapter_only: bool = False, dro
         path = chunks[0].path
         if path[0] != part:
             continue
-        # A foreign tensor at the top has no name below its part.
+        # A tensor at the top level of a foreign checkpoint has no name below its part.
         name = ".".join(map(str, path[1:])) or key
         if chunks[0].dtype is None:
             left_out[key] = "not a tensor"
@@ -121,16 +121,16 @@ def to_safetensors(
 
     Args:
         dtype: What floating-point tensors are cast to; others keep theirs.
-        max_file_bytes: Of one file, if no single tensor is larger.
+        max_file_bytes: Limit for the tensors of one file, unless a single tensor is larger.
 
     Raises:
-        ValueError: a tensor has a dtype that safetensors files do not have; names it, before anything is written.
+        ValueError: safetensors files can't have a tensor's dtype or name; names it, before anything is written.
         FileExistsError: `out` has files already.
         DamagedCheckpoint: bytes are missing, or not those that were written.
     """
     weights = [weight_of(opened, name, key, dtype) for name, key in selection.keys.items()]
     _check_empty(out_storage, out)
-    # What PEFT looks for is one file of this name.
+    # Never several files: PEFT looks for one file of this name.
     stem, limit = (hf_layout.ADAPTER, 2**62) if selection.is_adapter else (hf_layout.WEIGHTS, max_file_bytes)
     files = hf_layout.spread(weights, limit, stem)
     for file, of_file in files.items():
@@ -169,7 +169,7 @@ def to_dcp(
     *,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a plain DCP directory: the item files as they are, and metadata, written last, that names what is chosen.
+    """Write a plain DCP directory: the item files as they are, then metadata that names only the chosen entries.
 
     Raises:
         DamagedCheckpoint: a file is not what was written.
@@ -219,7 +219,7 @@ def weight_of(opened: OpenCheckpoint, name: str, key: str, dtype: str | None, *,
     """The tensor at `key` as it will be written under `name`, floating-point elements as `dtype`.
 
     Raises:
-        ValueError: safetensors files do not have its dtype, or such a name, and not `any_dtype`.
+        ValueError: safetensors files can't have its dtype or its name, and `any_dtype` is false; or `dtype` is unknown.
     """
     stored = opened.chunks[key][0]
     assert stored.dtype is not None
@@ -236,7 +236,7 @@ def weight_of(opened: OpenCheckpoint, name: str, key: str, dtype: str | None, *,
 def _tied_head(opened: OpenCheckpoint, keys: Mapping[str, str]) -> tuple[str, str] | None:
     """The output head and the embedding that it equals, bit for bit; `None` if there is no such pair.
 
-    Only these two are ever left out: other tensors may be equal by chance, as are all that begin as zeros.
+    Only this pair is looked for: other tensors may be equal by chance, as are all that begin as zeros.
     """
     heads = [name for name in keys if name == _HEAD or name.endswith("." + _HEAD)]
     embeddings: dict[Any, str] = {}
@@ -253,7 +253,7 @@ def _tied_head(opened: OpenCheckpoint, keys: Mapping[str, str]) -> tuple[str, st
 
 
 def _content(chunks: tuple[StoredChunk, ...]) -> Any:
-    """What is equal for tensors of equal content and sharding; `None` where there are no checksums to tell."""
+    """A value that is equal for tensors of equal content and sharding; `None` where checksums are missing."""
     if any(not chunk.checksums for chunk in chunks):
         return None
     boxes = tuple(sorted((chunk.box, chunk.block_bytes, bytes(chunk.checksums)) for chunk in chunks))

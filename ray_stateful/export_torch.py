@@ -23,7 +23,7 @@ from ray_stateful.storage.reader import value_of
 from ray_stateful.storage.retries import write_file
 from ray_stateful.storage.structure import put
 
-# What a store is given at a time: `torch.save` writes a tensor in one call, for which there would be one deadline.
+# Bytes per call to storage: `torch.save` writes a tensor in one call, which would have to meet one deadline.
 _PART_BYTES = 8 << 20
 
 Progress = Callable[[int], None]
@@ -41,13 +41,13 @@ def to_torch(
 ) -> Exported:
     """Write what `torch.save` makes of the whole nested state, or of one part of it, to file `out`.
 
-    `torch.save` wants all tensors at once: they lie in a temporary file of their size on this machine (in `TMPDIR`),
-    mapped into memory, from where the system drops what is not in use.
+    `torch.save` needs all tensors at once: they are kept in a temporary file of their size on this machine (in
+    `TMPDIR`), mapped into memory, so that the system can drop pages that are not in use.
     """
     chosen = {key: chunks for key, chunks in opened.chunks.items() if part is None or chunks[0].path[0] == part}
     tensors = {key: chunks[0] for key, chunks in chosen.items() if chunks[0].dtype is not None}
     directory, name = posixpath.split(out)
-    # A directory is found out only when the file is renamed, after all the work.
+    # Looked for now: a directory at `out` would be noticed only when the file is renamed, after all the work.
     if name in out_storage.sizes(directory) or name in out_storage.directories(directory):
         raise FileExistsError(f"{out} exists; choose another name")
     with tempfile.TemporaryFile(prefix="ray-stateful-") as file:
@@ -65,14 +65,14 @@ def to_torch(
 
 
 def _nest(opened: OpenCheckpoint, leaves: Mapping[str, Any], part: str | None) -> Any:
-    """The nested state whose entries are `leaves`, by key; that of one part, if there is one."""
+    """The nested state whose entries are `leaves`, by key; only that of `part`, if one is given."""
     prefix = () if part is None else (part,)
     nested: Any = {}
     trees = {row.path: row for row in opened.trees.values() if row.path[: len(prefix)] == prefix}
     below = {tuple(map(str, path)) for path in trees}
     for path, row in trees.items():
         nested = put(nested, path[len(prefix) :], values.decode(row.value or "", f"{opened.path}: {row.key!r}"))
-    # Positions of a list in their order.
+    # Sorted so that positions of a list are put in their order.
     for key in sorted(leaves, key=lambda key: [(isinstance(s, str), s) for s in opened.chunks[key][0].path]):
         path = opened.chunks[key][0].path
         text = tuple(map(str, path))
@@ -82,7 +82,7 @@ def _nest(opened: OpenCheckpoint, leaves: Mapping[str, Any], part: str | None) -
 
 
 class _File:
-    """A sink as `torch.save` wants it: it writes a tensor in one call, for which a store would have one deadline."""
+    """A sink as a file for `torch.save`. Splits its writes, each of a whole tensor: storage has a deadline per call."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -94,7 +94,7 @@ class _File:
         return view.nbytes
 
     def flush(self) -> None:
-        """The sink publishes what it has when it ends."""
+        """Nothing to do: the sink publishes what it has when it ends."""
 
 
 def _mapped(file: Any, weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ def _mapped(file: Any, weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]
         offsets[key] = end
         end += -(-weight.num_bytes // 64) * 64
     try:
-        # Room for all of it: a page of a mapped file for which the disk has none ends the process, without an error.
+        # Reserve it all: touching a mapped page for which the disk has no room kills the process, without an exception.
         os.posix_fallocate(file.fileno(), 0, max(end, 1))
     except OSError as error:
         where = tempfile.gettempdir()

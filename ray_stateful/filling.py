@@ -29,7 +29,7 @@ class Filled:
     """What will be handed to one part: its value, and the tensors in it that storage fills.
 
     `tensors` and `sources` have the same keys: the tensor to fill, and the key of the checkpoint it is read from.
-    `changes` is what the part said will not be as it was saved. `is_partial`: not everything of the part is loaded.
+    `changes` is what the part says will differ from what was saved. `is_partial`: not all of the part is loaded.
     """
 
     part: Any
@@ -42,7 +42,7 @@ class Filled:
 
 
 class EveryRank(dict[int, Any]):
-    """The values of all ranks that saved a rank part, for a part that has to make one of them for another world."""
+    """The values of all ranks that saved a rank part, for the part to make one from at a different world size."""
 
 
 def fill_strict(
@@ -73,7 +73,11 @@ def fill_strict(
 def fill(
     part: Any, prefix: KeyPath, template: Any, flat: Mapping[str, Any], run: Run, opened: OpenCheckpoint
 ) -> Filled:
-    """Any other part: what was saved under `prefix`, structure and all; in the order of `template`, its value now."""
+    """Any other part: what was saved under `prefix`, with its structure, in the key order of `template`.
+
+    Args:
+        template: The part's present value.
+    """
     templates = {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
     stored = {
         key: value_of(run.storage, opened.path, chunks[0])
@@ -87,21 +91,21 @@ def fill(
 def fill_rank_part(
     name: str, part: RankPart, template: Any, flat: Mapping[str, Any], world: World, run: Run, opened: OpenCheckpoint
 ) -> Filled:
-    """A rank part: this rank's value, or at another world size those of all ranks.
+    """A rank part: this rank's value, or at a different world size those of all ranks.
 
     Args:
         template: This rank's present value.
 
     Raises:
         ResizeRefused: the part has no rule for this world size.
-        DamagedCheckpoint: some rank's value is not there.
+        DamagedCheckpoint: some rank's value is missing.
     """
     steps = {str(row.path[1]) for row in parts.entries_of(opened, name) if len(row.path) > 1}
     saved = sorted(int(step.removeprefix("rank_")) for step in steps if layout.is_rank_key(step))
     if opened.manifest is None:
         # A foreign checkpoint does not say by how many ranks it was written; this part does.
         world = replace(world, saved_world_size=len(saved))
-    # The number first: it is the manifest's, and whatever a stranger wrote there.
+    # The manifest's number is whatever a stranger wrote there: only compared, never used to make a list of ranks.
     if not len(steps) == len(saved) == world.saved_world_size or saved != list(range(len(saved))):
         raise DamagedCheckpoint(opened.path, f"{name!r} has entries {sorted(steps)[:8]}, not one for each rank")
     if not world.resized:
@@ -121,17 +125,17 @@ def fill_rank_part(
 
 
 def problem_of_kind(name: str, part: Any, paths: Iterable[KeyPath], opened: OpenCheckpoint) -> str | None:
-    """What keeps a part from being filled that was saved once for all ranks and is a rank part now, or the reverse.
+    """The problem of a part that was saved once for all ranks and is a rank part now, or the reverse; else `None`.
 
     Args:
-        paths: Of what the part holds now. One that names its own entries as rank parts do is taken at its word.
+        paths: Paths of the part's present entries. A part that names its own entries as rank parts do is accepted.
     """
     of_ranks = [layout.is_of_one_rank(row.path) for row in parts.entries_of(opened, name)]
     if isinstance(part, RankPart):
         found = None if any(of_ranks) else "one value for all ranks, and the state one for each rank"
     else:
         here = list(paths)
-        # One that is still empty takes what there is.
+        # A part that is still empty takes whatever was saved.
         is_ours = not here or not all(of_ranks) or any(map(layout.is_of_one_rank, here))
         found = None if is_ours else "one value for each rank, and the state one for all ranks"
     if found is None:
@@ -143,9 +147,9 @@ def problem_of_kind(name: str, part: Any, paths: Iterable[KeyPath], opened: Open
 
 
 def _of_ranks(name: str, opened: OpenCheckpoint) -> dict[str, OpenCheckpoint]:
-    """What each rank has of a part, by its step of the path.
+    """Each rank's entries of a part, by the rank's step in their paths.
 
-    Once for all: to go through all entries for each rank takes time that grows with the square of their number.
+    Made in one pass: going through all entries once per rank takes time that grows with the square of their number.
     """
     chunks: dict[str, dict[str, tuple[StoredChunk, ...]]] = defaultdict(dict)
     trees: dict[str, dict[str, StoredChunk]] = defaultdict(dict)

@@ -39,7 +39,7 @@ from ray_stateful.storage.reader import read_requests, value_of
 from ray_stateful.storage.reading import Request
 from ray_stateful.storage.writer import DEFAULT_NUM_FILES, CheckpointWriter
 
-# Of one piece of a tensor; as many of them are in memory as files are written at a time.
+# Limit of one piece of a tensor. For each file that is being written, one piece is in memory.
 MAX_PIECE_BYTES = 256 << 20
 
 Progress = Callable[[int], None]
@@ -47,7 +47,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Something to import: a tensor in pieces, or, with no dtype, a value. `read` gives a piece, or the value."""
+    """Something to import: a tensor in pieces, or, with no dtype, a value. `read` returns a piece, or the value."""
 
     path: KeyPath
     dtype: str | None
@@ -75,8 +75,8 @@ class Imported:
 class Source:
     """What there is to import. `trees` are containers without tensors; `verified` says that bytes have checksums.
 
-    `step`, `samples` and `world_size` are those of a checkpoint of ours: its parts count on from there, and those with
-    an entry for each rank have as many as ranks wrote it.
+    `step`, `samples` and `world_size` come from a checkpoint of this package: its parts count on from there, and its
+    rank parts have one entry for each of the ranks that wrote it.
     """
 
     entries: tuple[Entry, ...]
@@ -96,12 +96,12 @@ def find(storage: Storage, path: str, part: str = "model") -> Source:
     """What there is to import at `path`.
 
     Args:
-        path: A safetensors file, a directory of them, or a directory that DCP wrote, or this package.
-        part: The name under which weights without one are put.
+        path: A safetensors file, a directory of them, or a checkpoint directory written by DCP or by this package.
+        part: The part to which weights go that are not stored under the name of a part.
 
     Raises:
-        DamagedCheckpoint: there is nothing of these kinds; or it can't be read.
-        UnsupportedState: `part` can't be the name of one.
+        DamagedCheckpoint: there is nothing of these kinds, or it can't be read.
+        UnsupportedState: `part` can't be the name of a part.
     """
     check_name(part)
     opened = weights.parse(weights.fetch(storage, path))
@@ -119,13 +119,13 @@ def import_checkpoint(
     """Write `source` as a committed checkpoint of the run at `run_path`, which has none yet.
 
     Args:
-        step: Steps it was trained for; by default, as the source says.
+        step: Optimizer steps the weights were trained for; by default, as the source says.
 
     Raises:
         FileExistsError: the run has checkpoints: resuming from this one instead would lose them.
     """
     step = source.step if step is None else step
-    # What somebody gave up on, or is still at, is none: nobody resumes from it.
+    # A save that was given up, or is still in progress, does not count: nobody resumes from it.
     present = next(DirectoryRun(run_storage, run_path, run_path).candidates(), None)
     if present is not None:
         raise FileExistsError(f"{run_path} has checkpoints already, {present} among them; import into a new run")
@@ -143,7 +143,7 @@ def import_checkpoint(
         results = writer.write_data(plan, _Planner(source.entries, progress)).wait()
         writer.finish(metadata, [[*results, *map(commit.tree_result, source.trees)]])
     except BaseException:
-        # Also Ctrl-C: nobody will go on with it.
+        # Also for Ctrl-C: nobody will complete this directory.
         run_storage.delete(path)
         raise
     return Imported(
@@ -156,7 +156,7 @@ def import_checkpoint(
 
 
 class _Planner(DefaultSavePlanner):
-    """Gives the writer each piece when it comes to it."""
+    """Reads each piece only when the writer comes to it."""
 
     def __init__(self, found: Sequence[Entry], progress: Progress | None) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ def _counts(manifest: Manifest | None) -> dict[str, int]:
 
 def _entry(storage: Storage, path: str, chunks: Sequence[StoredChunk]) -> Entry:
     first = chunks[0]
-    # A tensor of a safetensors file is one chunk, of any size; those of a checkpoint stay as they are.
+    # A tensor without checksums may be one chunk of any size: it is cut. Chunks with checksums stay as they are.
     pieces = {box: chunk for chunk in chunks for box in ([chunk.box] if chunk.checksums else _pieces(chunk))}
 
     def read(box: Box) -> Any:

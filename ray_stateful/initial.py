@@ -28,10 +28,10 @@ from ray_stateful.storage.uris import located, without_credentials
 
 
 def check(state: parts.State, checkpoint: Any) -> None:
-    """Refuse what initial weights have no meaning for.
+    """Refuse a call in which initial weights make no sense.
 
     Raises:
-        ValueError: there is no model in `state`; or a checkpoint to load is named, so that they would never be used.
+        ValueError: there is no model in `state`; or a checkpoint is named, so that the weights would never be used.
     """
     if checkpoint is not None:
         raise ValueError(
@@ -46,15 +46,15 @@ def check(state: parts.State, checkpoint: Any) -> None:
 
 
 def digest(source: Any) -> int:
-    """63 bits of which checkpoint or weights these are, to be compared between ranks; 0 for none."""
+    """63 bits that identify a checkpoint or weights, to be compared between ranks; 0 for `None`."""
     return 0 if source is None else int(checksum(_place(source).encode()), 16) >> 1 | 1
 
 
 def refuse_different(argument: str, source: Any, digests: Sequence[int]) -> None:
-    """Refuse what not all ranks begin from: they would wait for each other in different collectives.
+    """Refuse a `source` that differs between ranks: they would wait for each other in different collectives.
 
     Args:
-        argument: What the caller calls it.
+        argument: What the caller calls `source`.
 
     Raises:
         ValueError: on every rank.
@@ -74,13 +74,13 @@ def load(
 
     Args:
         source: Where they are, as for `ray_stateful.restore`.
-        run: That begins from them.
-        verify: As for `ray_stateful.restore`; what has no checksums is taken unverified, and the report says so.
+        run: The run that begins from them.
+        verify: As for `ray_stateful.restore`; weights without checksums are loaded unverified, and the report says so.
 
     Raises:
         StateMismatch: on every rank, before anything is loaded; lists all that does not fit.
-        NoInitialWeights: on every rank; nothing of the kind is there, it can't be opened, or it is damaged.
-        RankFailed: on every rank; some rank could not read the tensors, for another reason than damage.
+        NoInitialWeights: on every rank; there are no weights, or they can't be opened, or are damaged.
+        RankFailed: on every rank; some rank could not read the tensors, for a reason other than damage.
     """
     began = time.monotonic()
     place, models = _place(source), _models(state)
@@ -98,7 +98,7 @@ def load(
     except Rejected as error:
         raise NoInitialWeights(place, str(error)) from error
     finally:
-        # What had to be read again: the storage of the run, which is told of with the rest, is another one.
+        # The retries of this storage. `checkpoint.restore` counts those of the run's own storage, a different one.
         meters.tell(run, theirs.storage, ranks.rank, [])
     fresh = [PartReport(name=name, outcome="fresh", details=("as built",)) for name in state if name not in models]
     return replace(
@@ -108,7 +108,7 @@ def load(
         samples=0,
         parts=tuple(sorted((*report.parts, *fresh), key=lambda part: part.name)),
         seconds=time.monotonic() - began,
-        # Of the other parts of that checkpoint: they are not what was asked for.
+        # Dropped: they are about other parts of that checkpoint, which nobody asked for.
         notes=(),
         initial=True,
     )
@@ -119,14 +119,14 @@ def _models(state: parts.State) -> Mapping[str, ModelState]:
 
 
 def _place(source: Any) -> str:
-    """Where the weights are, to be shown: the same on every rank, as a filesystem's own text is not."""
+    """Where `source` is, as text that is the same on every rank; the text of a filesystem object would not be."""
     if hasattr(source, "filesystem") and hasattr(source, "path"):
         return str(source.path)
     return without_credentials(os.fspath(source))
 
 
 def _open(source: Any, place: str, ranks: Ranks) -> tuple[Run, OpenCheckpoint]:
-    """Read once on rank 0, decoded on every rank from the same bytes; each rank reaches storage by itself later on."""
+    """Read headers once, on rank 0, and decode the same bytes on every rank. Later each rank uses storage itself."""
     raw: Any = None
     outcome = Outcome()
     with outcome.catch():

@@ -1,8 +1,8 @@
 """What a restore reads, and which rank reads it for whom.
 
-Replicas want the same, and one of them reads it for all (`storage/sharing.py`). After a change of the number of workers
-ranks want small pieces that lie among each other's, and one rank reads those of all (`storage/passing.py`). Whatever
-else a rank wants it reads itself.
+Replicas want the same bytes, and one of them reads these for all (`storage/sharing.py`). After a change in the number
+of workers, ranks want small pieces that lie interleaved in the files, and one rank reads the pieces of several
+(`storage/passing.py`). Everything else each rank reads for itself.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from ray_stateful.storage.structure import is_whole
 def fill(
     run: Run, opened: OpenCheckpoint, filled: Mapping[str, Filled], limits: ReadLimits | None, ranks: Ranks
 ) -> dict[str, ReadStatistics]:
-    """Fill all tensors of `filled`; what this rank asked of storage, by part. Collective.
+    """Fill all tensors of `filled`, and return what this rank asked of storage, by part. Collective.
 
     Raises:
         Rejected: on every rank; bytes are missing, or not those that were written. Tensors may be filled in part.
-        RankFailed: on every rank; one could not read for another reason.
+        RankFailed: on every rank; some rank could not read, for a reason other than damage.
     """
     limits = limits or ReadLimits()
     requests: dict[str, list[Request]] = {}
     whole: list[Request] = []
     shards: list[Request] = []
     outcome = Outcome()
-    # As when writing: to ask a DTensor for its shard by way of autograd takes several times as long.
+    # no_grad, as when writing: getting a DTensor's shard through autograd takes several times as long.
     with outcome.catch(), torch.no_grad():
         for part, contents in filled.items():
             requests[part] = []
             for key, tensor in contents.tensors.items():
                 wanted = requests_of(opened.chunks[contents.sources[key]], tensor)
                 requests[part] += wanted
-                # A rank part's are nobody else's, or wanted whole by everybody who can use it: not worth telling apart.
+                # The tensors of a rank part are wanted by this rank alone, or whole by every rank that can use them:
+                # they are shared with nobody, as telling these cases apart is not worth it.
                 if not isinstance(contents.part, RankPart):
                     (whole if is_whole(tensor) else shards).extend(wanted)
     classes = sharing.classes_of(whole, shards)
@@ -67,7 +68,7 @@ def fill(
     with outcome.catch():
         statistics = read_requests(run.storage, opened.path, alone, limits)
     if opened.manifest is not None and passes:
-        # Of the same parts on all ranks, whichever of their tensors are here.
+        # All rows of the parts, not just of tensors that this rank has: the deal has to be the same on all ranks.
         restored = (row for rows in opened.chunks.values() for row in rows if row.path[0] in filled and row.dtype)
         deal = Deal.of(opened.manifest.sizes, restored, ranks.world_size)
         more, failures = passing.read(run.storage, opened.path, deal, together, limits, ranks, outcome)

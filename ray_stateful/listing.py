@@ -19,10 +19,10 @@ _NUM_THREADS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One directory of a run. `created_s` is UNIX time in seconds; `num_bytes` what lies there.
+    """One directory of a run. `created_s` is UNIX time in seconds; `num_bytes` the size of all files there.
 
-    `known_to_ray` is `None` where Ray keeps no list. `problem` is set where the manifest can't be read, or names files
-    that are not there, and where the directory can't be looked at.
+    `known_to_ray` is `None` where Ray keeps no list. `problem` is set if the manifest can't be read or names files that
+    are missing or of a different size, and if the directory can't be looked at.
     """
 
     name: str
@@ -36,20 +36,22 @@ class Entry:
 
     @property
     def is_orphan(self) -> bool:
-        """Neither committed nor known to Ray: what a save left that did not get to its end, or is not there yet."""
+        """Neither committed nor known to Ray: left by a save that failed, or that is still in progress."""
         return not self.committed and not self.known_to_ray and self.problem is None
 
 
 def entries(storage: Storage, path: str, tracked: Set[str] | None) -> list[Entry]:
-    """The directories in `path` that have a checkpoint's name, the newest last. Two requests each, and one.
+    """The directories in `path` that have a checkpoint's name, the newest last.
+
+    Costs one request, and at most two for each directory.
 
     Args:
-        tracked: Names that Ray's list has; `None` without one.
+        tracked: Names in Ray's list; `None` if there is no list.
     """
     names = sorted(name for name in storage.directories(path) if layout.parse_name(name) is not None)
     with ThreadPoolExecutor(max_workers=_NUM_THREADS, thread_name_prefix="checkpoint-list") as pool:
         found = pool.map(lambda name: _entry(storage, path, name, tracked), names)
-    # As `runs.committed` orders them: a restore tries the last first, also one whose manifest can't be read.
+    # The reverse of `runs.committed`: a restore tries the last one first, also if its manifest can't be read.
     return sorted(found, key=lambda entry: (entry.step, _created_s(entry)))
 
 
@@ -74,10 +76,10 @@ def _entry(storage: Storage, path: str, name: str, tracked: Set[str] | None) -> 
     except DamagedCheckpoint as error:
         problem = error.found
     except FileNotFoundError:
-        # Ray deletes the oldest ones while we look.
+        # Ray may delete the oldest checkpoints while we look.
         committed = False
     except StorageError as error:
-        # Of this one: the others are worth a line each all the same.
+        # A problem of this one only: the others are still worth a line each.
         problem = f"can't be looked at: {error.cause}"
     if manifest is not None:
         wrong = [file for file, stored in manifest.files.items() if sizes.get(file) != stored.size]

@@ -1,4 +1,4 @@
-"""Whether a state fits a checkpoint, found out before either is touched. Pure; no I/O, no collectives."""
+"""Whether a state fits a checkpoint, decided before either is touched. Pure; no I/O, no collectives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Match:
 
     `problems` forbid loading, `notes` go to the resume report. `sources` are the keys of this rank to load, each
     with the key of the checkpoint it is read from; `absent` are those to leave out. `trees` are the keys of containers
-    that are taken whole. `is_partial` says that not everything is loaded, here or there.
+    that are taken whole. `is_partial` says that something of this state, or of the checkpoint, is not loaded.
     """
 
     problems: tuple[str, ...]
@@ -47,12 +47,12 @@ def match_strict(
 
     Args:
         flat: This rank's flat state dict of the part, keys with the part's name.
-        everyones_keys: Those of all ranks together.
-        may_cast: A floating-point tensor may be of another dtype in the checkpoint: that is noted, and no problem.
+        everyones_keys: The keys of all ranks together.
+        may_cast: A floating-point tensor may have a different dtype in the checkpoint: a note, not a problem.
     """
     prefix = f"{name}."
     stored = {key for key, chunks in opened.chunks.items() if chunks[0].path[0] == name}
-    # What a tree stands for is compared by whoever loads it, a scheduler for example; if there is somebody.
+    # Whoever loads a tree, a scheduler for example, compares its contents: only trees with entries here count.
     here = [tree for tree, row in opened.trees.items() if row.path[0] == name]
     in_order = sorted(everyones_keys) if here else []
     trees = {tree for tree in here if _has_entry_below(in_order, f"{tree}.")}
@@ -80,7 +80,7 @@ def match_strict(
         if difference is None:
             continue
         if "_extra_state" in key.split("."):
-            # Transformer Engine's: of a size, and present, as it pleases.
+            # Transformer Engine's: its size, and whether it is there at all, may differ at any time.
             notes.append(f"{key.removeprefix(prefix)} is left alone: {difference}")
             del sources[key]
             is_partial = True
@@ -98,7 +98,7 @@ def match_strict(
 
 
 def _has_entry_below(keys: Sequence[str], prefix: str) -> bool:
-    """Whether any of `keys`, which are in order, begins with `prefix`."""
+    """Whether any of `keys`, which are sorted, begins with `prefix`."""
     at = bisect_left(keys, prefix)
     return at < len(keys) and keys[at].startswith(prefix)
 
@@ -108,9 +108,9 @@ def _without(prefix: str, keys: Set[str]) -> frozenset[str]:
 
 
 def _cast(value: Any, chunk: StoredChunk) -> str | None:
-    """From what to what a tensor has to be cast; `None` if it need not be, or must not.
+    """The dtypes a tensor has to be cast from and to, as text; `None` if it need not be cast, or must not.
 
-    Integers and 8-bit floats mean nothing without a scale that a cast does not know of.
+    Integers and 8-bit floats must not: they mean nothing without a scale, of which a cast does not know.
     """
     here = dtype_name(value.dtype) if is_tensor(value) else chunk.dtype
     castable = here in _CASTABLE and chunk.dtype in _CASTABLE and here != chunk.dtype

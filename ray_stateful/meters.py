@@ -1,9 +1,9 @@
-"""What is kept count of, and what a save or a restore adds to it. The samples are pure; `tell` passes them on.
+"""The metrics, and what a save or a restore adds to them. Samples are made by pure functions; `tell` passes them on.
 
 `docs/observability.md` is this list for people, and `docs/grafana` draws it; tests compare all three.
 
-Rank 0 speaks for all ranks: its phases end when the slowest rank is there. What only a rank itself knows has the rank
-as a tag, and there is one series a rank of it.
+Rank 0 speaks for all ranks: its phases end when the slowest rank is there. What only a rank itself knows is tagged with
+the rank: one series per rank.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SAVE_SECONDS = Meter(
     help="From the beginning of a save to its report.",
     boundaries=_SECONDS,
 )
-# A counter, as Ray's histograms have sums that are approximate.
+# A counter, because the sums of Ray's histograms are only approximate.
 SAVE_PHASE_SECONDS = Meter(
     name="stateful_save_phase_seconds",
     kind="counter",
@@ -179,7 +179,7 @@ def of_failed_save(phase: str, clock: Stopwatch, rank: int) -> list[Sample]:
 
 
 def of_stall(clock: Stopwatch, rank: int) -> list[Sample]:
-    """What training stood still for a failed save since this was last asked: it may wait for one that has failed."""
+    """How long training stood still for a failed save since the last call: it may go on waiting after the failure."""
     return [] if rank != 0 else [Sample(SAVE_STALL_SECONDS, clock.take_stalled_s())]
 
 
@@ -211,7 +211,7 @@ def of_failed_restore(rejected: Mapping[str, str], rank: int) -> list[Sample]:
 
 
 def of_retries(storage: Storage, rank: int) -> list[Sample]:
-    """What `storage` had to try again since the last time that this was asked."""
+    """The retries of `storage` since this was last called."""
     retries = storage.take_retries() if isinstance(storage, RetryingStorage) else {}
     return [
         Sample(STORAGE_RETRIES, number, {RANK: str(rank), "operation": operation})
@@ -220,5 +220,5 @@ def of_retries(storage: Storage, rank: int) -> list[Sample]:
 
 
 def tell(run: Run, storage: Storage, rank: int, samples: list[Sample]) -> None:
-    """Pass `samples` of `run` on to Ray, and with them what `storage` had to try again. Local, and never raises."""
+    """Pass `samples` of `run` on to Ray, together with the retries of `storage`. Local, and never raises."""
     emit([*samples, *of_retries(storage, rank)], posixpath.basename(run.path.rstrip("/")))

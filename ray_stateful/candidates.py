@@ -100,7 +100,9 @@ def _is_to_report(run: Run, name: str) -> bool:
     with outcome.catch():
         found = run.never_reported(name)
     if outcome.error is not None:
-        logger.warning("%s is not reported, whether it was before or not: %s", name, outcome.error)
+        logger.warning(
+            "%s is not reported now, as whether it was before could not be found out: %s", name, outcome.error
+        )
     return found
 
 

@@ -251,9 +251,9 @@ class Checkpointer:
         # Made before the group, it would stay a world of one for good: each rank would commit a checkpoint of its own.
         if world() is not self._world:
             made = "without a process group" if self._world is None else "in a process group"
-            now = "without one" if world() is None else "in one" if self._world is None else "in another one"
+            now = "without one" if world() is None else "in one" if self._world is None else "in a different one"
             raise RuntimeError(
-                f"this Checkpointer was made {made}, and this process is {now} by now; make it after"
+                f"this Checkpointer was made {made}, but this process is now {now}; make it after"
                 " init_process_group(), and call destroy_process_group() after its `with` block"
             )
 
@@ -322,9 +322,9 @@ class Checkpointer:
                 raise
             # Every rank counts alike: SaveFailed is raised on all of them.
             logger.error(
-                "save %d in a row failed, and training goes on; %d more may fail before it ends: %s",
+                "save %d in a row failed, and training goes on; after %d more failures it would end: %s",
                 self._num_failed,
-                self._soft_fail - self._num_failed,
+                self._soft_fail - self._num_failed + 1,
                 error,
                 extra={"ray_stateful": {"event": "save_failed", "step": self.step_count, "why": str(error)}},
             )

@@ -108,8 +108,8 @@ class StateMismatch(RestoreFailed):
     def __str__(self) -> str:
         lines = "\n".join(f"  {problem}" for problem in self.problems)
         count = len(self.problems)
-        fit = f"{count} entries of the state do not fit checkpoint {self.path!r}; nothing of it was loaded"
-        return printable(f"{fit}:\n{lines}")
+        found = f"the state does not match checkpoint {self.path!r} in {count} place(s); nothing was loaded"
+        return printable(f"{found}:\n{lines}")
 
 
 class ResizeRefused(RestoreFailed):
@@ -140,7 +140,7 @@ class NoIntactCheckpoint(RestoreFailed):
         return (
             f"run {self.run!r} has {len(self.rejected)} checkpoint(s) and none is intact:\n{lines}\n"
             "tensors may hold what was read before the damage was found: build the state anew before you go on; "
-            "to start from scratch on purpose, use another run name"
+            "to start from scratch on purpose, use a different run name"
         )
 
 
@@ -221,7 +221,7 @@ class RankTimeout(CheckpointError):
         self.phase, self.rank, self.waited_s, self.cause = phase, rank, waited_s, cause
 
     def __str__(self) -> str:
-        return f"rank {self.rank} waited {self.waited_s:.1f} s for its peers to {self.phase}: {self.cause}"
+        return f"rank {self.rank} gave up after {self.waited_s:.1f} s in {self.phase!r}: {self.cause}"
 
 
 class UnevenSteps(CheckpointError):
@@ -244,6 +244,6 @@ class UnmatchedCalls(CheckpointError):
     def __str__(self) -> str:
         found = ", ".join(f"rank {rank} to {phase}" for rank, phase in sorted(self.phases.items()))
         return (
-            f"ranks do not do the same: {found}; every rank makes the same calls of step, save, wait and restore in the"
-            " same order, and comes to the end of the `with` block with the others"
+            f"ranks made different calls: {found}; every rank has to call step, save, wait and restore in the same"
+            " order, and to reach the end of the `with` block together with the others"
         )

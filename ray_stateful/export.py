@@ -225,7 +225,9 @@ def weight_of(opened: OpenCheckpoint, name: str, key: str, dtype: str | None, *,
     assert stored.dtype is not None
     found = dtype if dtype is not None and getattr(torch, stored.dtype).is_floating_point else stored.dtype
     if name == hf_layout.METADATA and not any_dtype:
-        raise ValueError(f"{key} would be {name!r} in a safetensors file, which is no tensor there; leave it out")
+        raise ValueError(
+            f"{key} would be {name!r} in a safetensors file, which is the name of its metadata; leave it out"
+        )
     if found not in hf_layout.DTYPES and not any_dtype:
         raise ValueError(f"{name} is of dtype {found}, which safetensors files do not have; leave it out or cast it")
     if found not in ITEM_BYTES:

@@ -107,7 +107,8 @@ def _mapped(file: Any, weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]
         os.posix_fallocate(file.fileno(), 0, max(end, 1))
     except OSError as error:
         where = tempfile.gettempdir()
-        text = f"{end:,} bytes are needed in {where} for a while: {os.strerror(error.errno or 0)}; set TMPDIR elsewhere"
+        why = os.strerror(error.errno or 0)
+        text = f"{end:,} bytes of temporary space could not be reserved in {where}: {why}; set TMPDIR elsewhere"
         raise OSError(error.errno, text) from error
     memory = mmap.mmap(file.fileno(), 0)
     found = {}

@@ -132,17 +132,17 @@ def problem_of_kind(name: str, part: Any, paths: Iterable[KeyPath], opened: Open
     """
     of_ranks = [layout.is_of_one_rank(row.path) for row in parts.entries_of(opened, name)]
     if isinstance(part, RankPart):
-        found = None if any(of_ranks) else "one value for all ranks, and the state one for each rank"
+        found = None if any(of_ranks) else ("one value for all ranks", "one for each rank")
     else:
         here = list(paths)
         # A part that is still empty takes whatever was saved.
         is_ours = not here or not all(of_ranks) or any(map(layout.is_of_one_rank, here))
-        found = None if is_ours else "one value for each rank, and the state one for all ranks"
+        found = None if is_ours else ("one value for each rank", "one for all ranks")
     if found is None:
         return None
     return (
-        f"{name}: the checkpoint has {found} (a {type(part).__name__}): give the kind of part that it was saved from, "
-        "or leave it out of this restore and save it anew"
+        f"{name}: the checkpoint has {found[0]}, but the state's part (a {type(part).__name__}) has {found[1]}: use "
+        "the kind of part that it was saved from, or leave it out of this restore"
     )
 
 

@@ -35,12 +35,12 @@ def check(state: parts.State, checkpoint: Any) -> None:
     """
     if checkpoint is not None:
         raise ValueError(
-            f"checkpoint is {str(checkpoint)!r} and initial is given as well; a named checkpoint is loaded or is an "
-            "error, so leave one of them out"
+            f"both checkpoint ({str(checkpoint)!r}) and initial are given; initial is for a run without a checkpoint, "
+            "and is not used where one is named, so leave one of them out"
         )
     if not _models(state):
         raise ValueError(
-            f"initial is given, and the state has no ModelState for the weights to go to (it has {', '.join(state)}); "
+            f"initial is given, but the state has no ModelState to load the weights into (it has {', '.join(state)}); "
             "wrap the model in one"
         )
 

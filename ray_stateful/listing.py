@@ -83,7 +83,7 @@ def _entry(storage: Storage, path: str, name: str, tracked: Set[str] | None) -> 
         problem = f"can't be looked at: {error.cause}"
     if manifest is not None:
         wrong = [file for file, stored in manifest.files.items() if sizes.get(file) != stored.size]
-        problem = f"{len(wrong)} file(s) missing or of another size, {wrong[0]} among them" if wrong else None
+        problem = f"{len(wrong)} file(s) missing or of the wrong size, {wrong[0]} among them" if wrong else None
     return Entry(
         name=name,
         step=parsed.step,

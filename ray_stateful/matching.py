@@ -66,7 +66,7 @@ def match_strict(
     sources = {key: instead.get(key, key) for key in flat if key in loose and (key in stored or key in instead)}
     problems, notes, is_partial = list(judged.problems), list(judged.notes), judged.is_partial
     problems += [
-        f"{key.removeprefix(prefix)}: a tensor here, part of another value in the checkpoint"
+        f"{key.removeprefix(prefix)}: a tensor here, but part of a value that is no tensor in the checkpoint"
         for key in flat
         if key not in loose and is_tensor(flat[key])
     ]
@@ -121,7 +121,7 @@ def _difference(value: Any, chunk: StoredChunk, is_cast: bool) -> str | None:
     if not is_tensor(value):
         return None if chunk.dtype is None else f"a {type(value).__name__} here, a tensor in the checkpoint"
     if chunk.dtype is None:
-        return "a tensor here, another value in the checkpoint"
+        return "a tensor here, but no tensor in the checkpoint"
     shape, dtype = tuple(value.size()), dtype_name(value.dtype)
     if shape != chunk.shape:
         return f"shape {shape} here, {chunk.shape} in the checkpoint"

@@ -1,7 +1,8 @@
-"""Orphans: directories of ours that no save will finish and nobody counts. What they are, and their deletion.
+"""Orphans: checkpoint directories that no save will finish and that nobody counts. Finds and deletes them.
 
-A save that died leaves files and no manifest; Ray never heard of them and never deletes them. Nothing else is ever
-deleted here: whatever is committed, counted by Ray, young, of another name, or has in it what no save writes, stays.
+A save that died leaves files without a manifest; Ray never heard of them and never deletes them. Nothing else is ever
+deleted here. A directory stays if it is committed, counted by Ray, recently changed, the newest of all, not named like
+a checkpoint, or if it holds anything that no save writes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ray_stateful.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 
-# Seconds. Longer than any save: while an object is being uploaded nothing of it is to be seen, and so nothing young.
+# Seconds; longer than any save. An object is invisible until its upload ends, so a directory in use may look old.
 DEFAULT_AGE_S = 24 * 3600.0
 
 NewestChange = Callable[[Storage, str], float | None]
@@ -42,9 +43,9 @@ class Orphan:
 def newest_change(storage: Storage, path: str) -> float | None:
     """When anything in directory `path` was last written, in seconds since 1970; `None` if storage does not tell.
 
-    Files that are still being written aside count: a listing of the checkpoint does not show those.
+    Includes temporary files that are still being written, which a listing of the checkpoint does not show.
     """
-    # Retries wrap the storage that has the filesystem.
+    # `RetryingStorage` wraps the storage that has the filesystem.
     inner = getattr(storage, "inner", storage)
     filesystem = getattr(inner, "filesystem", None)
     if not isinstance(filesystem, pyarrow.fs.FileSystem):
@@ -69,18 +70,18 @@ def find(
     """The orphans of a run, the oldest step first.
 
     Args:
-        older_than_s: Since the newest change of anything in the directory.
+        older_than_s: Seconds since anything in the directory last changed; a younger directory stays.
         live: Names of checkpoints that are being written at this moment.
-        changed: When something in a directory of a storage last changed; a directory of unknown age stays.
+        changed: Tells when anything in a directory last changed; a directory of unknown age (`None`) stays.
 
     Raises:
-        StorageError: what Ray counts can't be read, so nothing may be deleted.
+        StorageError: Ray's list of checkpoints can't be read, so nothing may be deleted.
     """
     now_s = time.time() if now_s is None else now_s
     tracked = run.tracked() or frozenset()
     names = sorted(filter(None, map(layout.parse_name, run.storage.directories(run.path))))
     found = []
-    # The newest of all stays, whatever it is: it may be the save that is under way.
+    # The newest directory stays, whatever is in it: it may belong to a save that is still running.
     for name in map(str, names[:-1]):
         if name in tracked or name in live:
             continue
@@ -98,7 +99,7 @@ def find(
 
 
 def _is_left_by_a_save(storage: Storage, path: str, sizes: Mapping[str, int]) -> bool:
-    """Whether nothing else lies in a directory without a manifest, also by other ways than a listing of its files."""
+    """Whether a directory that lists no manifest holds only what a save writes; does not rely on the listing alone."""
     if (
         storage.directories(path)
         or not all(map(layout.is_file_of_checkpoint, sizes))
@@ -106,7 +107,7 @@ def _is_left_by_a_save(storage: Storage, path: str, sizes: Mapping[str, int]) ->
     ):
         return False
     try:
-        # A store's listing may be late; asked for by its name, what is there is there.
+        # A store's listing may lag behind; a read by name finds a manifest that was written just now.
         storage.read(posixpath.join(path, layout.MANIFEST), 0, 1)
     except FileNotFoundError:
         return True
@@ -114,7 +115,7 @@ def _is_left_by_a_save(storage: Storage, path: str, sizes: Mapping[str, int]) ->
 
 
 def _has_other_than_files(storage: Storage, path: str) -> bool:
-    """Whether a directory of this machine has links, pipes or the like in it, which a listing leaves out."""
+    """Whether a directory on this machine has links, pipes or the like in it, which a listing of files leaves out."""
     if not isinstance(getattr(getattr(storage, "inner", storage), "filesystem", None), pyarrow.fs.LocalFileSystem):
         return False
     with suppress(FileNotFoundError), os.scandir(path) as entries:
@@ -125,10 +126,10 @@ def _has_other_than_files(storage: Storage, path: str) -> bool:
 def delete(
     run: Run, orphans: list[Orphan], *, changed: NewestChange = newest_change
 ) -> tuple[list[Orphan], dict[str, str]]:
-    """Delete `orphans`, each after another look: one that has changed since it was found stays.
+    """Check each of `orphans` once more, then delete it; one that has changed since it was found stays.
 
     Returns:
-        Those that were deleted, and why the others were not, by name.
+        The orphans that were deleted; and for each of the others, by name, why it was kept.
     """
     tracked = run.tracked() or frozenset()
     deleted, kept = [], {}
@@ -155,7 +156,7 @@ def delete(
 
 
 def collect(run: Run, older_than_s: float = DEFAULT_AGE_S) -> None:
-    """Find and delete, and say so in the log; what goes wrong is a warning there, and nothing else."""
+    """Find and delete the orphans of a run, and log it; a failure of storage is logged as a warning, not raised."""
     try:
         deleted, kept = delete(run, find(run, older_than_s=older_than_s))
     except (CheckpointError, OSError) as error:

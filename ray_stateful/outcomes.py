@@ -1,4 +1,4 @@
-"""What becomes of each part: foreseen before anything is touched, completed when it was loaded. Pure."""
+"""What becomes of each part: predicted before anything is loaded, completed afterwards. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ray_stateful.states.part import World
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.reading import ReadStatistics
 
-# What is said of a part that begins from weights, and did not go on from where it was saved.
+# The outcome of a part that starts from initial weights instead of resuming where it was saved.
 INITIAL = "initial"
 
 _AS_SAVED = ("exact", "changed", "partial")
@@ -20,7 +20,7 @@ _AS_SAVED = ("exact", "changed", "partial")
 def foresee(
     filled: Mapping[str, Filled], world: World, opened: OpenCheckpoint, initial: bool = False
 ) -> dict[str, PartReport]:
-    """The outcome of each part as the match decides it. What is refused has been raised by then."""
+    """Predict the outcome of each part from how it was matched. Refusals have been raised before this is called."""
     return {name: _foreseen(name, part, world, opened, initial) for name, part in filled.items()}
 
 
@@ -35,17 +35,17 @@ def complete(
     is_partial: bool,
     is_changed: bool,
 ) -> PartReport:
-    """The same with what only loading, and the other ranks, could tell.
+    """Add to `foreseen` what only loading, and the other ranks, could tell.
 
     Args:
-        is_partial, is_changed: On any rank.
-        how: What the part said of a resize, in a few words; empty if it was not asked.
-        described: What it says of itself; empty if it was.
-        read: What all ranks read for the part.
+        is_partial, is_changed: Whether that is so on any rank.
+        how: What the part's `resize` returned, in a few words; empty if it was not called.
+        described: What the part's `describe` returned; empty if `how` is not.
+        read: What all ranks together read for the part.
     """
     said = described.split("; ")
     details = [how] if how else []
-    # What a part found out when it was asked, it may find out again when it is loaded.
+    # A loaded part may say again what it said when it was asked beforehand: report that once.
     details += [one for one in foreseen.details if one not in said]
     if _is_sharded(filled, opened) or foreseen.outcome == INITIAL:
         amplification = read.bytes_read / max(1, read.bytes_wanted)

@@ -1,8 +1,8 @@
-"""From the parts of a state to one state dict, and from what was read back to the parts.
+"""Turns the parts of a state into one state dict, and what was read from a checkpoint into values for the parts.
 
 A part is filled in one of three ways (see `ray_stateful.states.part`): a strict part gives the tensors to fill; a
-rank part has an entry of its own for each rank; any other gets back what was saved, whole. The names of the parts are
-the same on all ranks, which they tell each other before anything else.
+rank part has an entry of its own for each rank; any other gets back what was saved, whole. The names of the parts must
+be the same on all ranks, which compare them before anything else.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def check(state: State) -> None:
     """Refuse what is not a state.
 
     Raises:
-        UnsupportedState: an entry has no `state_dict` and `load_state_dict`, or a name that keys could not be told
-            apart by.
+        UnsupportedState: the state is empty, an entry lacks `state_dict` or `load_state_dict`, or its name would make
+            keys ambiguous.
     """
     if not state:
         raise UnsupportedState("the state", "an empty dict", "name at least one part")
@@ -58,8 +58,8 @@ def check_name(name: Any) -> None:
 def collect(state: State, rank: int, outcome: Outcome) -> dict[str, Any]:
     """The state dict to save or to fill.
 
-    Parts are asked in the order of their names, as some of them meet in collectives; and all of them, for the same
-    reason, whatever one of them raises: the first error is kept in `outcome`.
+    All parts are asked, in the order of their names, even if one of them raises: some call collectives, so every rank
+    must ask the same parts in the same order. The first error is kept in `outcome`.
     """
     collected: dict[str, Any] = {}
     for name in sorted(state):
@@ -69,13 +69,13 @@ def collect(state: State, rank: int, outcome: Outcome) -> dict[str, Any]:
 
 
 def share_names(ranks: Ranks, phase: str, state: State, outcome: Outcome, numbers: Sequence[int]) -> list[list[int]]:
-    """Every rank's step (or whichever numbers have to be the same), and the digest of the names of its parts.
+    """Every rank's `numbers` (its step, or others that must agree), and the digest of its parts' names. Collective.
 
     Raises:
-        UnsupportedState: on every rank, if one of them has no state to speak of. There, whatever is in `outcome`.
+        UnsupportedState: on every rank, if `outcome` holds an error on any; a rank whose own does raises that instead.
     """
     refused = outcome.error is not None
-    # An integer of 64 bits: a step that has none is among what was refused.
+    # Zeros where refused: `numbers` are sent as 64-bit integers, and a refused step may not fit.
     mine = [1, *([0] * len(numbers)), 0] if refused else [0, *numbers, _names_digest(state)]
     everyone = ranks.all_gather_ints(phase, mine)
     if outcome.error is not None:
@@ -87,10 +87,10 @@ def share_names(ranks: Ranks, phase: str, state: State, outcome: Outcome, number
 
 
 def refuse_different(state: State, digests: Sequence[int]) -> None:
-    """Refuse ranks whose parts have other names; `digests` are everyone's.
+    """Refuse ranks whose parts have different names; `digests` has the digest of every rank.
 
     Raises:
-        UnsupportedState: on every rank, as all have the same digests.
+        UnsupportedState: on every rank, as all compare the same digests.
     """
     others = sorted(rank for rank, digest in enumerate(digests) if digest != digests[0])
     if others:
@@ -102,7 +102,7 @@ def refuse_different(state: State, digests: Sequence[int]) -> None:
 
 
 def loading_order(state: State) -> list[str]:
-    """Names in the order in which parts are given their values: random streams last, as loading may draw from them."""
+    """Names in the order in which parts are loaded: random streams last, as loading other parts may draw from them."""
     return sorted(state, key=lambda name: (bool(getattr(state[name], "loads_last", False)), name))
 
 
@@ -116,8 +116,8 @@ def rebuild(
     """What was saved under `prefix`, with tensors still to be filled.
 
     Args:
-        template: The part's present value. Where it has a dict above a tensor, what is rebuilt has its order.
-        places: The part's present tensors by flat key: those that fit are used as places, and keep device and sharding.
+        template: The part's present value. Rebuilt dicts that contain tensors take their key order from it.
+        places: The part's present tensors by flat key; one that fits is copied, so that device and sharding are kept.
         stored: The values of entries that are not tensors, by flat key.
 
     Returns:
@@ -160,7 +160,7 @@ def saved_parts(opened: OpenCheckpoint) -> set[str]:
 
 
 def _is_text(name: str) -> bool:
-    # Names are hashed and stored as UTF-8, which has no half of a character.
+    # Names are hashed and stored as UTF-8, which can't encode half of a surrogate pair.
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
@@ -175,7 +175,7 @@ def _of_part(part: Any, rank: int) -> Any:
 
 
 def _in_order_of(template: Any, value: Any, whole: Set[KeyPath], path: KeyPath) -> Any:
-    # An index is sorted by key, and a part may go by the order of its dict. What was saved whole has its own.
+    # An index is sorted by key, but a part may depend on the order of its dict. What was saved whole keeps its order.
     if path in whole:
         return value
     if isinstance(value, dict) and isinstance(template, Mapping):
@@ -188,19 +188,19 @@ def _in_order_of(template: Any, value: Any, whole: Set[KeyPath], path: KeyPath) 
 
 
 def _is_below(path: KeyPath, trees: Set[tuple[str, ...]]) -> bool:
-    # Looked up and not compared with each: there may be as many trees as entries.
+    # Each prefix is looked up, not compared with every tree: there may be as many trees as entries.
     text = tuple(map(str, path)) if trees else ()
     return any(text[:length] in trees for length in range(len(text) + 1))
 
 
 def _order(path: KeyPath) -> list[tuple[bool, Any]]:
-    """So that positions of a list are put in their order."""
+    """A sort key that puts the positions of a list in numeric order."""
     return [(isinstance(step, str), step) for step in path]
 
 
 def _place(chunk: StoredChunk, template: torch.Tensor | None) -> torch.Tensor:
     dtype = getattr(torch, chunk.dtype or "")
     if template is not None and template.dtype == dtype and tuple(template.shape) == chunk.shape:
-        # A copy: the part may hand out its own tensors, and gets the loaded ones by load_state_dict alone.
+        # A copy: `template` may be the very tensor the part uses, which only its load_state_dict may change.
         return template.detach().clone()
     return torch.empty(chunk.shape, dtype=dtype, device="cpu")

@@ -14,7 +14,7 @@ def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """`metrics` with NumPy scalars and tensors of one value as Python numbers; NaN and infinities are floats.
 
     Raises:
-        ValueError: a metric has another kind of value; names it. Or they are no mapping.
+        ValueError: a metric has a different kind of value; names the metric. Or `metrics` is not a mapping.
     """
     if not isinstance(metrics, Mapping):
         raise ValueError(f"metrics are a {type(metrics).__name__}; give a dict of numbers and strings by name")
@@ -24,7 +24,7 @@ def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool):
         return value
-    # Subclasses too (`numpy.float64` is a float, `IntEnum` an int): JSON writers differ in what they make of those.
+    # Subclasses too (`numpy.float64` is a float, `IntEnum` an int): JSON writers differ in how they write those.
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
@@ -32,7 +32,7 @@ def _plain(value: Any, where: str) -> Any:
         return {_key(key, where): _plain(inner, f"{where}.{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner, f"{where}[{index}]") for index, inner in enumerate(value)]
-    # A NumPy scalar, or a tensor or array without dims. Told by what they have: neither library need be imported.
+    # A NumPy scalar, or a tensor or array without dims. Recognised by attributes: neither library need be imported.
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         scalar = value.item()
         if isinstance(scalar, bool | int | float | str):

@@ -27,13 +27,13 @@ from ray_stateful.errors import DamagedCheckpoint, RankFailed, RankTimeout, Unma
 
 T = TypeVar("T")
 
-# As long as torch's own for a process group. Longer than what storage takes to give up: see RetryPolicy.within.
+# torch's own default for a process group. Longer than storage takes to give up: see RetryPolicy.within.
 DEFAULT_TIMEOUT_S = 1800.0
 
-# Of a row of integers, unless it is longer: gloo ends the process where two ranks come with rows of different lengths.
+# Shorter rows of integers are padded to this: gloo ends the process if two ranks send rows of different lengths.
 ROW_BYTES = 64
 
-# Seconds at the end of a process that has groups.
+# Seconds that a process with groups waits at its end: see `_let_go`.
 _LET_GO_S = 0.2
 
 
@@ -48,9 +48,9 @@ def world() -> dist.ProcessGroup | None:
 
 
 def device_of(group: dist.ProcessGroup | None = None) -> str:
-    """The type of the device whose tensors `group` moves: `cpu` wherever it moves them too, as torch has it.
+    """The type of the device whose tensors `group` moves; `cpu` if that is one of several, as torch decides it, too.
 
-    The same on every rank of it, whatever a rank holds.
+    The same on every rank of `group`, whatever tensors a rank holds.
     """
     # "cuda:nccl", or "cpu:gloo,cuda:nccl"
     devices = [entry.partition(":")[0] for entry in str(dist.get_backend_config(group)).split(",")]
@@ -65,18 +65,18 @@ class Outcome:
 
     @contextmanager
     def catch(self) -> Iterator[None]:
-        """Keep an error of the body instead of raising it here alone: `raise_if_any_failed` raises it everywhere."""
+        """Keep an error of the body instead of raising it here alone: `raise_if_any_failed` raises it on every rank."""
         try:
             yield
         # CheckpointException derives from BaseException, and would pass `except Exception` on one rank only.
         except (Exception, CheckpointException) as error:  # noqa: BLE001 - kept, and raised on every rank
-            # The first: what came after it may have come of it.
+            # The first one: later errors may be consequences of it.
             self.error = self.error or error
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error of another rank, as far as it crosses processes: `damage` tells a broken checkpoint from all else."""
+    """What is left of an error that crosses processes: its text, and whether it means `damage` of the checkpoint."""
 
     text: str
     damage: bool
@@ -100,10 +100,10 @@ class Ranks:
 
     @classmethod
     def of_world(cls, timeout_s: float = DEFAULT_TIMEOUT_S, purpose: str = "checkpoint") -> Ranks:
-        """The ranks of the default process group, over a gloo group of our own that is made once per `purpose`.
+        """The ranks of the default process group, over a gloo group of our own: one per `purpose` and `timeout_s`.
 
-        Collective at its first call per `purpose`. TorchTrainer on GPUs makes a plain NCCL group, which has no
-        object collectives on the CPU; and a group shared with training deadlocks a background save.
+        Collective on the first call for these two. TorchTrainer on GPUs makes a plain NCCL group, which has no
+        object collectives on the CPU; and a background save would deadlock on a group shared with training.
         """
         over = world()
         if over is None:
@@ -131,7 +131,7 @@ class Ranks:
         if self.group is None:
             return [value]
         into: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        # Pickled here, and not by torch: what hundreds of ranks send is unpickled after the wait for them.
+        # Pickled here, not by torch: what hundreds of ranks send is unpickled after the wait, the collector paused.
         sent = pickle.dumps(value)
         self.within_deadline(phase, lambda: dist.gather_object(sent, into, dst=0, group=self.group))
         with collector.paused():
@@ -155,15 +155,15 @@ class Ranks:
         return into[0]  # type: ignore[no-any-return]  # rank 0 gave Ts
 
     def all_gather_ints(self, phase: str, values: list[int]) -> list[list[int]]:
-        """Everyone's `values`, equally many 64-bit integers a rank: one small collective, no pickling.
+        """Everyone's `values`, the same number of 64-bit integers per rank: one small collective, no pickling.
 
         Raises:
-            UnmatchedCalls: on every rank, as some of them are in another phase. What a rank does first for a save, a
-                restore or a step is to gather a few integers, so that calls which do not match are found out there.
+            UnmatchedCalls: on every rank, if some of them are in a different phase. Every save, restore and step begins
+                by gathering a few integers, so calls that do not match are detected there.
         """
         if self.group is None:
             return [list(values)]
-        # Said wherever host memory is meant: torch.set_default_device() may have made another device the default.
+        # The device is named wherever host memory is meant: torch.set_default_device() may have changed the default.
         row = [zlib.crc32(phase.encode()), *values]
         mine = torch.tensor(row + [0] * (ROW_BYTES // 8 - len(row)), dtype=torch.int64, device="cpu")
         into = [torch.empty_like(mine) for _ in range(self.world_size)]
@@ -180,9 +180,9 @@ class Ranks:
     def share(
         self, phase: str, outcome: Outcome, facts: Sequence[int] = ()
     ) -> tuple[dict[int, Failure], list[list[int]]]:
-        """What went wrong on every rank that failed, and everyone's `facts`: equally many 64-bit integers a rank.
+        """What went wrong on every rank that failed, and everyone's `facts`: the same number of 64-bit integers each.
 
-        One small collective where all went well, and another one for the causes where something did not.
+        One small collective if all ranks succeeded; a second one gathers the causes if any rank failed.
         """
         mine = None if outcome.error is None else Failure.of(outcome.error)
         rows = self.all_gather_ints(phase, [int(mine is not None), *facts])
@@ -191,7 +191,7 @@ class Ranks:
         return failures, [row[1:] for row in rows]
 
     def raise_if_any_failed(self, phase: str, outcome: Outcome, facts: Sequence[int] = ()) -> list[list[int]]:
-        """Everyone's `facts`, as of `share`.
+        """Everyone's `facts`, as `share` returns them.
 
         Raises:
             RankFailed: on every rank, if `outcome` holds an error on any of them.
@@ -203,27 +203,27 @@ class Ranks:
         return everyone
 
     def within_deadline(self, phase: str, collective: Callable[[], T]) -> T:
-        """Make a collective call of this group, or of one made with its deadline.
+        """Make a collective call on this group, or on one made with the same deadline.
 
         Raises:
-            RankTimeout: it failed for a peer that left or is late; names `phase`.
+            RankTimeout: the call failed because a peer left or is late; names `phase`.
         """
         began = time.monotonic()
         try:
             return collective()
         except (RuntimeError, ValueError) as error:
             # Gloo reports a peer that left ("Connection closed by peer") and one that is late ("Timed out
-            # waiting") alike: as a RuntimeError, of which only the text tells them apart.
+            # waiting") alike: both are a RuntimeError, and differ only in its text.
             raise RankTimeout(phase, self.rank, time.monotonic() - began, str(error)) from error
 
 
 def on_host(group: dist.ProcessGroup, timeout_s: float = DEFAULT_TIMEOUT_S) -> dist.ProcessGroup:
-    """The ranks of `group` in a group that moves host memory: itself, or one of our own that is made once.
+    """A group of the ranks of `group` that moves host memory: `group` itself, or one of our own that is made once.
 
-    An object collective on a group of NCCL alone puts all that it pickles on the device. For such a group the first
-    call is collective over the world: every rank is in one, and all of them are made together. To make each by its own
-    ranks (`use_local_synchronization`) is no way out: torch derives the name to meet under from the number of groups
-    that a rank is in, and that differs where some ranks of a pipeline share a group more, as its ends do.
+    An object collective on an NCCL-only group puts all that it pickles on the device. For such a group the first call
+    is collective over the world: every rank is in one, and all of them are made together. Having each made by its own
+    ranks alone (`use_local_synchronization`) does not work: torch derives the name under which ranks meet from the
+    number of groups that a rank is in, which differs if some ranks share one more, as the ends of a pipeline do.
     """
     if device_of(group) == "cpu":
         return group
@@ -233,7 +233,7 @@ def on_host(group: dist.ProcessGroup, timeout_s: float = DEFAULT_TIMEOUT_S) -> d
         everyone, phase = Ranks.of_world(timeout_s), "make groups in host memory"
         mine = sorted(dist.get_process_group_ranks(group))
         found: dist.ProcessGroup | None = None
-        # In one order, and also by those that are not in it.
+        # In the same order on every rank, members or not: `new_group` is collective over the world.
         for members in sorted({tuple(members) for members in everyone.all_gather(phase, mine)}):
             make = partial(dist.new_group, list(members), backend="gloo", timeout=timedelta(seconds=timeout_s))
             new = everyone.within_deadline(phase, make)
@@ -256,11 +256,11 @@ _groups: dict[tuple[str, float], _Made] = {}
 def _let_go() -> None:
     """Give gloo's threads time to drop the tensors of the last collective, for which they need the interpreter.
 
-    One that does it after the interpreter has begun to end is ended by it, and the process by SIGABRT: the exit code
-    of an error, and of an orderly end, would be lost.
+    If the interpreter is already shutting down, it terminates such a thread, and SIGABRT ends the process: its exit
+    code, whether of an error or of an orderly end, would be lost.
     """
     if _groups:
-        # There is nothing to wait for: gloo does not tell when its threads have done it.
+        # A fixed time, as there is no event to wait for: gloo does not tell when its threads are done.
         time.sleep(_LET_GO_S)
 
 

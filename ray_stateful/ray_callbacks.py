@@ -3,8 +3,8 @@
 For `RunConfig(callbacks=[ResizeGuard()])`. The driver pickles the callback to the controller, so this package must be
 importable there and on the workers.
 
-The callback classes are for developers of Ray, and may differ in another version. Where they do, `ResizeGuard` is a
-callback that does nothing, and says so.
+The callback classes are meant for Ray's own developers, and may differ in other versions. Where one of the hooks is
+missing, `ResizeGuard` is a callback that does nothing, and warns about it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ray.train import UserCallback
 
 from ray_stateful.save_requests import ask, wait_until_held
 
-# Below Ray Train's own logger: the controller's process sets up no other, and a line elsewhere would be lost.
+# A child of Ray Train's logger: the controller's process sets up no other, so a line logged elsewhere would be lost.
 logger = logging.getLogger("ray.train.ray_stateful")
 
 DEFAULT_TIMEOUT_S = 300.0
@@ -91,7 +91,7 @@ class _Guard:
         self._failed = True
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        # Also called before the first start, when there is no group, and before a restart, when there is one that died.
+        # Also called before the first start, when there is no group yet, and before a restart, when the group has died.
         if self._group is None or self._failed:
             return
         began = time.monotonic()
@@ -105,7 +105,7 @@ class _Guard:
             logger.info("%s (put off for %.1f s)", outcome, time.monotonic() - began)
 
     def _save(self, decision: Any, deadline: float) -> str:
-        """Have the workers save, and wait until Ray has registered the checkpoint. Says what came of it."""
+        """Have the workers save, and wait until Ray has registered the checkpoint. Returns what happened."""
         group = self._group
         change = f"resize of {len(group)} to {decision.num_workers} workers"
         self._number += 1
@@ -156,5 +156,5 @@ else:
         in its log, and the resize goes on as it would have without the guard.
 
         Args:
-            timeout_s: Seconds that a resize is put off for at most: a step, and a save.
+            timeout_s: The longest that a resize is put off, in seconds: enough for one step and one save.
         """

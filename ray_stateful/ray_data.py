@@ -1,4 +1,4 @@
-"""Ray Data that goes on in mid-epoch, on any number of workers: rows are told apart by an id, and counted when trained.
+"""Ray Data that resumes in mid-epoch, on any number of workers: rows have ids, and count once they are trained.
 
 `ResumableDataConfig` is for the trainer, `RayDataBatches` for the training function:
 
@@ -18,9 +18,9 @@ def train_func(config):
 TorchTrainer(train_func, datasets={"train": ds}, dataset_config=ResumableDataConfig(row_id="id"), ...)
 ```
 
-Ray Data has no position to go back to: blocks come in the order in which tasks finish, and workers get what is there.
-So the state is not a position but a set, that of the ids trained in this epoch; a resumed epoch reads the dataset again
-and leaves those out. What that asks of the dataset is in `docs/design/ray_data.md`.
+Ray Data has no position to go back to: blocks come in the order in which tasks finish, and workers get what is ready.
+So the state is not a position but the set of the row ids trained in this epoch; a resumed epoch reads the dataset again
+and leaves those rows out. What this requires of the dataset is in `docs/design/ray_data.md`.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ __all__ = ["RayDataBatches", "ResumableDataConfig", "RowBatch", "RowMicroBatch"]
 
 Columns = Mapping[str, NDArray[Any]]
 
-# Ids of this many steps are kept as they came before they are put into the set.
+# The ids of this many steps are kept separately before they are merged into the set.
 _MERGE_EVERY = 256
 
 
 @dataclass(frozen=True, slots=True)
 class RowMicroBatch:
-    """What one forward and backward pass takes: `data` are columns, one entry a row, at least one.
+    """What one forward and backward pass takes: `data` has the columns by name, with an entry per row, at least one.
 
-    `loss_scale` and `is_padding` are as of `ray_stateful.states.shares.MicroBatch`.
+    `loss_scale` and `is_padding` mean what they do in `ray_stateful.states.shares.MicroBatch`.
     """
 
     data: Columns
@@ -78,30 +78,30 @@ class RowBatch:
 
 
 class RayDataBatches(RankPart):
-    """The global batches of a Ray dataset, each row once an epoch, whatever happens to the workers meanwhile.
+    """The global batches of a Ray dataset, each row once per epoch, whatever happens to the workers meanwhile.
 
-    Every rank makes it, at the same point, in a training function of a TorchTrainer that has a `ResumableDataConfig`.
-    Iterating gives the rest of the epoch, and is collective: all ranks get equally many batches of equally many
-    micro-batches. A rank whose rows have run out takes part with padding, so the end of an epoch may have batches
-    smaller than `global_batch_size`; they are weighted as such.
+    Every rank constructs it, at the same point of the training function of a TorchTrainer that has a
+    `ResumableDataConfig`. Iterating gives the rest of the epoch, and is collective: all ranks get the same number of
+    batches, each with the same number of micro-batches on every rank. A rank whose rows have run out takes part with
+    padding, so the last batches of an epoch may be smaller than `global_batch_size`; they are weighted as such.
 
-    Which rows meet in a batch depends on the number of workers and on who was faster; for an order that does not, use
-    `GlobalBatchSampler`.
+    Which rows meet in a batch depends on the number of workers and on which of them were faster; for an order that
+    does not, use `GlobalBatchSampler`.
 
     Args:
         dataset: Its name in the trainer's `datasets`.
         global_batch_size: Rows per optimizer step, over all workers; at least one for each.
         micro_batch_size: Rows per forward pass of one worker, at most.
-        prefetch_batches, local_shuffle_buffer_size: As of `iter_batches`. What is fetched and not trained counts for
-            nothing.
+        prefetch_batches, local_shuffle_buffer_size: As for Ray Data's `iter_batches`. Rows that were fetched but not
+            trained do not count.
         local_shuffle_seed: Mixed with epoch and rank.
-        allow_change: What may differ from the checkpoint: another `"global_batch_size"`, which applies from there on,
-            while schedulers keep counting steps.
+        allow_change: What may differ from the checkpoint: `"global_batch_size"`. The new one applies from the restore
+            on, while schedulers keep counting steps.
 
     Attributes:
         epoch: From 0.
         position: Rows trained in this epoch, by all workers.
-        samples: Rows trained in all.
+        samples: Rows trained in all epochs, by all workers.
     """
 
     resized_as = "re-planned"
@@ -131,7 +131,7 @@ class RayDataBatches(RankPart):
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size} leaves nothing to train on: give at least 1")
         if global_batch_size < world_size:
-            # Ray would hand it rows all the same, and nobody would train them.
+            # Ray would hand such a worker rows all the same, and nobody would train them.
             raise ValueError(f"global_batch_size={global_batch_size} leaves some of {world_size} workers without rows")
         shard = ray.train.get_dataset_shard(dataset)
         if not isinstance(shard, ResumableShard):
@@ -144,7 +144,7 @@ class RayDataBatches(RankPart):
         self._shard: ResumableShard = shard
         self._prefetch_batches, self._buffer_size = prefetch_batches, local_shuffle_buffer_size
         self._seed, self._allow_change = local_shuffle_seed, frozenset(allow_change)
-        # Trained by this rank in this epoch, and what it took over from ranks that are no more.
+        # Ids trained by this rank in this epoch, and those it took over from ranks that no longer exist.
         self._trained, self._recent = RowSet.empty(), list[RowSet]()
         self._pending: tuple[RowSet, int] | None = None
         self._iterator: DataIterator | None = None
@@ -154,14 +154,14 @@ class RayDataBatches(RankPart):
     def __iter__(self) -> Iterator[RowBatch]:
         """The batches of what is left of the epoch, each to be counted by `on_step` before the next."""
         loads, self._pending = self._num_loads, None
-        # Each rank knows its own. The sets are disjoint, so a row in two of them has an id that is not unique.
+        # Each rank knows only its own rows. The sets are disjoint, so an id in two of them is not unique.
         trained = RowSet.disjoint_union(self._ranks.all_gather("share the rows trained", self._merged()))
         with closing(self._rows(trained)) as mine:
             while True:
                 rows = next(mine, {})
                 num_rows = len(rows[self._shard.row_id]) if rows else 0
                 counts = [count for (count,) in self._ranks.all_gather_ints("count the rows", [num_rows])]
-                # Decided by the counts of all: a rank that ended by itself would leave the others waiting.
+                # Decided from the counts of all ranks: one that ended on its own would leave the others waiting.
                 if not any(counts):
                     break
                 ids = RowSet.of(ids_of(rows[self._shard.row_id], self._shard.row_id)) if rows else RowSet.empty()
@@ -198,7 +198,7 @@ class RayDataBatches(RankPart):
         }
 
     def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
-        """What keeps `saved` from being loaded, one line each; changes nothing."""
+        """The reasons why `saved` can't be loaded, one line each; changes nothing."""
         if not self.changed_from(saved) or "global_batch_size" in self._allow_change:
             return ()
         was = saved["global_batch_size"]
@@ -208,12 +208,12 @@ class RayDataBatches(RankPart):
         )
 
     def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
-        """The same on another number of workers."""
+        """The same as `check_saved`, when a different number of workers saved it."""
         return self.check_saved(saved[0])
 
     def changed_from(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
         """What will not be as it was saved, in a few words; changes nothing."""
-        # Not in checkpoints of earlier versions.
+        # Checkpoints of earlier versions lack it.
         was = saved.get("global_batch_size", self.global_batch_size)
         return () if was == self.global_batch_size else (f"global_batch_size {was:,} -> {self.global_batch_size:,}",)
 
@@ -224,7 +224,7 @@ class RayDataBatches(RankPart):
         """Any number of ranks will do."""
 
     def resize(self, saved: Mapping[int, Mapping[str, Any]], world: World) -> str:
-        # All of them to one rank: `__iter__` puts them together again, and each row must be in one set only.
+        # All ids go to rank 0: `__iter__` joins the sets of all ranks again, and each id may be in only one of them.
         everything = RowSet.disjoint_union([_row_set(state) for state in saved.values()])
         self._load(saved[0], everything if world.rank == 0 else RowSet.empty())
         left_out = f"{self.position:,} rows of {len(saved)} workers are left out of the rest of the epoch"
@@ -258,7 +258,7 @@ class RayDataBatches(RankPart):
             yield rows
 
     def _split(self, trained: RowSet) -> DataIterator:
-        """This rank's part of a split that all ranks share: a new one only where rows are, or were, left out."""
+        """This rank's part of a split that all ranks share; a new one, collectively, if rows are, or were, left out."""
         if self._iterator is None or self._filtered or len(trained):
             outcome, made = Outcome(), b""
             with outcome.catch():
@@ -274,7 +274,8 @@ class RayDataBatches(RankPart):
         num_samples, num_micro = sum(counts), -(-max(counts) // self.micro_batch_size)
         stand_in = {name: values[:1] for name, values in rows.items()}
         if min(counts) == 0:
-            # A row of this very batch, as in GlobalBatchSampler: 0.0 * loss must not be the first NaN of the step.
+            # Padding is a row of this very batch, as in GlobalBatchSampler: with any other row, 0.0 * loss could be the
+            # first NaN of the step.
             giver = counts.index(max(counts))
             mine = stand_in if self._ranks.rank == giver else None
             given = self._ranks.all_gather("share a row", mine)[giver]

@@ -1,7 +1,7 @@
-"""Figures for Ray's metrics: from a process of Ray to the metrics endpoint of its node, where Prometheus finds them.
+"""Emits figures as Ray metrics: from a Ray process to the metrics endpoint of its node, where Prometheus finds them.
 
-What figures there are stands in `ray_stateful.meters`. Outside of a process that is connected to Ray nothing is
-emitted, and nothing imported.
+Which figures there are is defined in `ray_stateful.meters`. In a process that is not connected to Ray, nothing is
+emitted, and ray is not imported.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
-# The keys of Ray Train's own metrics: ours can be joined with them, and filtered together with them on a dashboard.
+# Tag keys of Ray Train's own metrics, so that a dashboard can join ours with them and filter both together.
 RUN = "ray_train_run_name"
 RANK = "ray_train_worker_world_rank"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meter:
-    """One figure that is kept count of.
+    """One metric.
 
-    `name` is what Ray is given; Ray exports it as `exported`. `tags` are the keys besides the run's name. `boundaries`
-    are the upper ends of a histogram's buckets.
+    `name` is what Ray is given, `exported` what Ray exports it as. `tags` are the tag keys besides the run's name.
+    `boundaries` are the upper ends of a histogram's buckets.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Meter:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a meter is given: an increment, a new value, or an observation, as its kind has it."""
+    """One value for a meter: the increment of a counter, the new value of a gauge, an observation for a histogram."""
 
     meter: Meter
     value: float
@@ -55,7 +55,7 @@ _has_failed = False
 
 
 def emit(samples: Iterable[Sample], run_name: str) -> None:
-    """Give `samples` to Ray. Never raises: a figure that is not kept is no reason to lose a checkpoint."""
+    """Give `samples` to Ray. Never raises: a lost figure is no reason to lose a checkpoint."""
     global _has_failed
     if "ray" not in sys.modules:
         return
@@ -67,7 +67,7 @@ def emit(samples: Iterable[Sample], run_name: str) -> None:
                 _give(sample, {RUN: run_name, **sample.tags})
     except Exception:  # whatever it is, the save goes on
         if not _has_failed:
-            # Once: whatever it is, it will be the same at every save.
+            # Logged once: whatever the cause, it will be the same at every save.
             logger.warning("metrics of this worker are incomplete; said once", exc_info=True)
         _has_failed = True
 

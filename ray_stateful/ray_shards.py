@@ -1,7 +1,7 @@
-"""How a trainer's datasets reach its workers, when some are to be gone on with in mid-epoch: the side of the driver.
+"""How a trainer's datasets reach its workers if some of them are to resume in mid-epoch: the driver's side.
 
-Ray configures them in an actor that knows nothing of checkpoints; so nothing is split there, but on rank 0 of the
-workers, once it has restored its state. `ray_data.py` is the side of the workers.
+Ray configures datasets in an actor that knows nothing of checkpoints. So they are not split there: rank 0 of the
+workers splits them, once it has restored its state. `ray_data.py` is the workers' side.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ray.train import DataConfig
 
 from ray_stateful.states.row_sets import RowSet, as_ids
 
-# Operators that choose rows, or give them their ids, by where they stand.
+# Operators that choose rows, or assign ids to them, by position.
 _POSITIONAL = {"Limit", "Zip"}
 _SHUFFLES = {"RandomShuffle", "RandomizeBlocks"}
 
 
 class ResumableDataConfig(DataConfig):
-    """How the trainer's datasets reach the workers, when some are to be gone on with in mid-epoch.
+    """A `ray.train.DataConfig` for a trainer some of whose datasets are to resume in mid-epoch.
 
     Args:
-        row_id: A column of integers that tells the rows of a dataset apart, the same at every reading. A hash of 64
-            bits will do, like that of `ray.data.read_parquet(..., include_row_hash=True)`.
-        resumable: Names of the datasets that workers read with `RayDataBatches`. The others are as without us.
-        execution_options: Of the resumable datasets; by default, those of the driver's `DataContext`.
+        row_id: The column of integers that identifies a row, the same each time the dataset is read. A 64-bit hash
+            will do, like that of `ray.data.read_parquet(..., include_row_hash=True)`.
+        resumable: Names of the datasets that workers read with `RayDataBatches`. `DataConfig` handles the others.
+        execution_options: Of all datasets; by default, resumable ones take those of the driver's `DataContext`.
         options: As for `ray.train.DataConfig`.
     """
 
@@ -78,10 +78,10 @@ class ResumableDataConfig(DataConfig):
 
 
 def refuse_positional(name: str, dataset: Dataset) -> None:
-    """Refuse a dataset that chooses its rows by their order, while that order is another one at every reading.
+    """Refuse a dataset that chooses its rows by position, if their order may differ each time it is read.
 
     Raises:
-        ValueError: it has a `limit` or a `zip`; names what its order lacks.
+        ValueError: it has a `limit` or a `zip`, and no fixed order; names what the order lacks.
     """
     operators: list[Any] = list(dataset._logical_plan.dag.post_order_iter())
     positional = sorted(_POSITIONAL & {type(operator).__name__ for operator in operators})
@@ -93,7 +93,7 @@ def refuse_positional(name: str, dataset: Dataset) -> None:
     for operator in operators:
         if type(operator).__name__ not in _SHUFFLES:
             continue
-        # Ray may mix the number of the execution into a seed, and a resumed run begins to count anew.
+        # Ray may mix the number of the execution into a seed, and a resumed run counts executions from the start.
         seeds = getattr(operator, "seed_config", None)
         if seeds is None or seeds.seed is None or seeds.reseed_after_execution:
             lacks.append(
@@ -111,7 +111,7 @@ def refuse_positional(name: str, dataset: Dataset) -> None:
 class ResumableShard:
     """What `ray.train.get_dataset_shard` gives to a worker; `RayDataBatches` makes batches of it.
 
-    `dataset` is that of all workers, on rank 0; `locality_hints` are the nodes of the workers.
+    `dataset` is the whole dataset on rank 0, and `None` elsewhere. `locality_hints` are the node ids of the workers.
     """
 
     row_id: str
@@ -119,7 +119,7 @@ class ResumableShard:
     locality_hints: list[str] | None
 
     def split(self, trained: RowSet, world_size: int) -> list[DataIterator]:
-        """One iterator a worker over the rows that are not in `trained`, none left out. On rank 0."""
+        """One iterator per worker, together over all rows whose ids are not in `trained`. Called on rank 0 alone."""
         assert self.dataset is not None
         dataset = self.dataset
         if len(trained):
@@ -140,7 +140,7 @@ def ids_of(values: NDArray[Any], row_id: str) -> NDArray[np.int64]:
     """The row ids of column `row_id`.
 
     Raises:
-        ValueError: it holds something else; names the column.
+        ValueError: the column holds something other than ids; names it.
     """
     try:
         return as_ids(values)

@@ -1,7 +1,7 @@
-"""Where am I in Ray Train, and whom do I tell: the run of this worker, its reports, its preemption.
+"""What this worker is to Ray Train: the run it belongs to, its reports, its preemption.
 
-`ray` is imported inside functions alone. A process that is no Ray worker imports this module too, and would pay
-seconds for nothing; inside a worker Ray has imported itself long before. What runs on Ray's controller is in
+`ray` is imported inside functions only. Processes that are no Ray workers import this module too, and would pay
+seconds for nothing; inside a worker, ray has long been imported. What runs on Ray's controller is in
 `ray_stateful.ray_callbacks`.
 """
 
@@ -35,7 +35,7 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 _SCHEMES = {"s3": "s3", "gcs": "gs", "abfs": "abfss", "hdfs": "hdfs"}
 
-# Of this process, not of a run object: the counter that a failed report has spoilt is one per worker.
+# Of this process, not of a run object: a failed report spoils Ray's counter of reports, of which a worker has one.
 _failed_report: str | None = None
 
 
@@ -43,7 +43,7 @@ _failed_report: str | None = None
 class RayRun:
     """The run of this Ray Train worker.
 
-    `filesystem` is the very one that Ray stores to: it refuses the report of a checkpoint on another.
+    `filesystem` is the very one that Ray stores to: Ray refuses the report of a checkpoint on a different one.
     """
 
     storage: Storage
@@ -52,19 +52,19 @@ class RayRun:
     filesystem: pyarrow.fs.FileSystem
 
     def prepare_report(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        # Here, where all ranks still agree: later, the others would wait in Ray's barrier for this one.
+        # Raised here, where it reaches all ranks: in `report`, the others would wait in Ray's barrier for this one.
         if _failed_report is not None:
             raise RuntimeError(
                 f"an earlier report of this worker failed, and no later one can be made: {_failed_report}"
             )
-        # Converted here, where a refusal costs nothing: what Ray can't store ends its controller, and with it the run.
+        # Converted here, where a refusal costs nothing: a metric that Ray can't store ends its controller, and the run.
         return plain_metrics(metrics)
 
     def report(self, prepared: dict[str, Any], name: str) -> None:
-        """Tell Ray Train. A barrier at its entry: all ranks call it, or none does.
+        """Report checkpoint `name` to Ray Train. It begins with a barrier: all ranks call it, or none does.
 
         Raises:
-            ReportFailed: and from then on at every call in this process.
+            ReportFailed: on the rank whose report fails, and from then on at every call in its process.
         """
         global _failed_report
         import ray.train
@@ -74,7 +74,7 @@ class RayRun:
             raise ReportFailed(path, {_rank(): f"an earlier report of this worker failed: {_failed_report}"})
         checkpoint = ray.train.Checkpoint(path=path, filesystem=self.filesystem)
         try:
-            # NO_UPLOAD: it is there already. The other modes copy it onto itself, and one of them deletes it then.
+            # NO_UPLOAD: the files are in place. Other modes copy them onto themselves, and one then deletes them.
             ray.train.report(
                 prepared,
                 checkpoint=checkpoint,
@@ -89,13 +89,13 @@ class RayRun:
     def candidates(self) -> list[str]:
         """What to resume from, newest first.
 
-        First the committed checkpoints that are newer than every one Ray knows, and that Ray does not know: the workers
-        died, or the report failed, between the commit and the report. They are as whole as any other, the manifest says
-        so, and going on from an older one would train the same steps again. They cost one listing of the run's
-        directory, which holds one name a checkpoint, and a look into each newer one, of which there is at most one as a
-        rule. Then what Ray hands over, and then what its snapshot lists, the last reported first.
+        First the committed checkpoints that Ray does not know and that are newer than all it knows: the workers died,
+        or the report failed, between the commit and the report. Their manifests prove them as whole as any other, and
+        resuming from an older one would train the same steps again. Finding them takes one listing of the run's
+        directory, which has one name per checkpoint, and a look into each newer one, of which there is usually at most
+        one. Then the checkpoint that Ray hands over, and then those that its snapshot lists, the last reported first.
 
-        Unreported ones that are not newer are left alone: they are what an abandoned attempt left behind.
+        Unreported checkpoints that are not newer are ignored: an abandoned attempt left them behind.
         """
         reported = self._handed_over()
         try:
@@ -114,17 +114,17 @@ class RayRun:
         return names
 
     def never_reported(self, name: str) -> bool:
-        """Whether Ray does not count `name`: the workers died, or their report failed, after its commit.
+        """Whether Ray does not count `name`: after its commit the workers died, or their report failed.
 
         Raises:
             StorageError: the snapshot can't be read at this moment. A checkpoint must not be reported twice: with
-                `num_to_keep` the second report would have Ray delete it as the older one of two.
+                `num_to_keep` the second report would make Ray delete it as the older of two.
         """
-        # Also what Ray hands over: a report of this process reaches that at once, and the snapshot some time later.
+        # What Ray hands over counts, too: it shows a report of this process at once, the snapshot only some time later.
         return name not in self._handed_over() and name not in self._snapshot_names()
 
     def tracked(self) -> frozenset[str]:
-        """The checkpoints that Ray counts. It fails when one of them was deleted by somebody else.
+        """The checkpoints that Ray counts. Ray fails if anybody else deletes one of them.
 
         Raises:
             StorageError: the snapshot can't be read at this moment; so nothing may be deleted.
@@ -169,7 +169,7 @@ class RayRun:
     def _unreported(self, reported: list[str]) -> list[str]:
         known = [layout.parse_name(name) for name in reported]
         if reported and not any(known):
-            # Nothing to compare with: the run's checkpoints so far are somebody else's.
+            # No step to compare with: none of the reported checkpoints has a name of ours.
             return []
         newest = max((name.step for name in known if name is not None), default=-1)
         found = filter(None, map(layout.parse_name, self.storage.directories(self.path)))
@@ -179,7 +179,7 @@ class RayRun:
 class LocalModeRun(DirectoryRun):
     """The run of Ray Train's local mode (`num_workers=0`), which has no storage: a directory that the user can find.
 
-    Reports reach `Result.metrics` and `Result.checkpoint`, and are forgotten with the process; the directory is not.
+    Reports reach `Result.metrics` and `Result.checkpoint`, and are forgotten with the process; the directory stays.
     """
 
     __slots__ = ()
@@ -197,7 +197,7 @@ def current_run() -> Run | None:
     """The run of the training function that calls this; `None` outside of one.
 
     Raises:
-        RuntimeError: it is one of Ray Train V1, which has no reports without an upload.
+        RuntimeError: the worker is one of Ray Train V1, which can't report without an upload.
     """
     if "ray.train" not in sys.modules:
         return None
@@ -223,7 +223,7 @@ def find_run(run: Run | str | os.PathLike[str] | None) -> Run:
     """`run` itself; the run of a directory or URI; or, for `None`, that of this worker.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `run` is `None`, and this is no Ray Train worker.
     """
     if run is None:
         found = current_run()
@@ -240,10 +240,10 @@ def find_run(run: Run | str | os.PathLike[str] | None) -> Run:
 
 
 def unknown_score() -> dict[str, float]:
-    """NaN as the metric by which Ray is to keep the best checkpoints: the worst. Nothing where it keeps the newest.
+    """NaN, the worst score, for the metric by which Ray keeps the best checkpoints; empty where it keeps the newest.
 
-    Without it Ray takes the score for minus infinity, and where the lowest is the best (`checkpoint_score_order`) for
-    plus infinity: the best for good.
+    Without the metric, Ray takes the score to be minus infinity; and where the lowest is the best
+    (`checkpoint_score_order`) it negates that, so the checkpoint would be the best forever.
     """
     if "ray.train" not in sys.modules:
         return {}
@@ -261,7 +261,7 @@ def unknown_score() -> dict[str, float]:
 class Preemption:
     """A node of this worker group is about to be taken away.
 
-    `deadline_s` is UNIX time in seconds, `None` where nobody said when. `ranks` are those that go with it.
+    `deadline_s` is UNIX time in seconds, `None` if it is not known. `ranks` are those that are lost with the node.
     """
 
     deadline_s: float | None
@@ -274,12 +274,12 @@ class Preemption:
 def preemption(*, may_wait: bool = True) -> Preemption | None:
     """The preemption that is coming, as this rank knows it; `None` if there is none, or outside of a Ray worker.
 
-    One rank may hear of it a few milliseconds before another: whoever acts on it makes it one decision of all ranks
-    first.
+    One rank may hear of it a few milliseconds before another: before acting on it, the caller makes it one decision of
+    all ranks.
 
     Args:
-        may_wait: Whether to ask Ray's own barrier where a worker is not told by itself. That is collective, and takes
-            tens of milliseconds; so all ranks say the same here, and say yes every so many steps.
+        may_wait: Whether to call Ray's `get_preemption_info` if this worker can't tell on its own. That is a collective
+            of tens of milliseconds; so pass the same on all ranks, and true only every so many steps.
     """
     if "ray.train" not in sys.modules:
         return None

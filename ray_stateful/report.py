@@ -28,11 +28,11 @@ class ResumeReport:
     """What was restored, and how. The same on every rank.
 
     `step` counts the optimizer steps completed when the checkpoint was saved, `samples` the samples trained. With
-    `initial` both are 0: nothing was resumed, the models began from the weights at `checkpoint`, a place.
+    `initial` both are 0: nothing was resumed, the models began from the weights at the path or URI `checkpoint`.
     `rejected` are newer checkpoints that could not be used, name to reason; `statistics` adds up what all ranks read.
-    Of a checkpoint that is not `verified`, which this package did not write, steps, samples and who saved it are not
-    known: they are 0, 0 and as many as are here.
-    `created_s` is when the checkpoint was committed, in seconds since 1970; 0 where it does not say.
+    A checkpoint that is not `verified` was not written by this package and does not record these numbers: `step` and
+    `samples` are 0, and `saved_world_size` is that of this run.
+    `created_s` is when the checkpoint was committed, in seconds since 1970; 0 if it is not known.
     """
 
     checkpoint: str
@@ -78,7 +78,7 @@ class ResumeReport:
 
     def __str__(self) -> str:
         now = "" if self.saved_world_size == self.world_size else f", now {self.world_size}"
-        # What stock tools wrote says nothing of steps and workers.
+        # A checkpoint that stock tools wrote does not record steps and workers.
         by = f"step {self.step:,}; written by {_workers(self.saved_world_size)}{now}"
         unverified = "unverified: it has no checksums"
         lines = [f"resumed {self.checkpoint} ({by if self.verified else f'not ours; {unverified}'})"]
@@ -95,11 +95,11 @@ class ResumeReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:
-    """A committed checkpoint: where it is, and what writing it took. The same on every rank, but for the clocks.
+    """A committed checkpoint: where it is, and what writing it took. The same on every rank, except for times.
 
-    `seconds` is from the beginning of the save to its report, and `seconds_by_phase` (see `docs/observability.md`) what
-    became of them; `stalled_s` is how long training stood still, which is all of it unless it was written in the
-    background. `created_s` is when it was committed, in seconds since 1970.
+    `seconds` is the time from the beginning of the save to its commit. `seconds_by_phase` (see `docs/observability.md`)
+    is how long each phase took, the report included. `stalled_s` is how long training stood still: throughout, unless
+    the checkpoint was written in the background. `created_s` is when it was committed, in seconds since 1970.
     """
 
     name: str
@@ -128,7 +128,7 @@ class SaveReport:
     def __str__(self) -> str:
         rate = f", {size(self.num_bytes / self.seconds)}/s" if self.seconds > 0 else ""
         written = f"{size(self.num_bytes)} in {self.seconds:.1f} s{rate}"
-        # In the foreground, that is all of it.
+        # A save in the foreground stops training throughout: that is not worth saying.
         is_all = self.stalled_s > 0.9 * self.seconds
         waited = "" if is_all else f"; training stood still for {self.stalled_s:.1f} s"
         return f"saved {self.name} (step {self.step:,}; {written}{waited})"

@@ -1,4 +1,4 @@
-"""Telling whoever counts checkpoints of one: all ranks do, or none does."""
+"""Reports a checkpoint to whoever counts the run's checkpoints: all ranks report it, or none does."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def report(run: Run, prepared: Any, name: str, ranks: Ranks) -> None:
 
 
 def report_late(run: Run, restored: ResumeReport, ranks: Ranks) -> None:
-    """Report what was restored, as the workers that committed it died before they had. Collective.
+    """Report the restored checkpoint, because the workers that committed it died before they could. Collective.
 
     Otherwise `Result.checkpoint` would be an older one, and nobody would ever delete this one.
     """
     outcome, prepared = Outcome(), None
     with outcome.catch():
-        # Its metrics died with those who had them.
+        # Its metrics were lost with the workers that had them.
         prepared = run.prepare_report({**ray_train.unknown_score(), "step": restored.step})
     failures = ranks.failures("prepare a report", outcome)
     if not failures:

@@ -1,6 +1,6 @@
-"""What a restore on another number of workers will read, worker by worker, before there are any workers. No torch.
+"""What a restore on a different number of workers would read, worker by worker, before there are any. No torch.
 
-Each tensor is taken to be sharded along dim 0 over all workers, as FSDP does it (`torch.chunk`: ceil(n / workers) rows
+Each tensor is assumed to be sharded along dim 0 over all workers, as FSDP does (`torch.chunk`: ceil(n / workers) rows
 each, the last ones fewer or none). Values that are not tensors are in the index, which one worker reads for all.
 """
 
@@ -23,7 +23,7 @@ from ray_stateful.storage.ranges import Piece, ReadLimits, fetches_of, pieces_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankCost:
-    """What one worker asks of storage: bytes it needs, bytes it reads for them, in so many requests."""
+    """The bytes one worker needs; and the bytes it reads from storage, in how many requests, for itself and others."""
 
     rank: int
     bytes_wanted: int
@@ -68,8 +68,8 @@ class _Want:
 def _asked(
     opened: OpenCheckpoint, wants: Sequence[Sequence[_Want]], limits: ReadLimits
 ) -> Iterator[tuple[int, int, int]]:
-    """Who reads how many bytes, in how many requests."""
-    # As `joint_reads.py` decides: what is a rank's own is not counted.
+    """Rank, bytes and requests of what is read, in several entries per rank."""
+    # Decided as in `joint_reads.py`: what belongs to a single rank does not count.
     weights = [
         dealing.weigh((want.chunk, want.box) for want in of_rank if _owner(want.chunk) is None) for of_rank in wants
     ]
@@ -84,8 +84,8 @@ def _asked(
         for number, want in enumerate(of_rank):
             chunk, box = want.chunk, want.box
             if chunk.data_offset < 0:
-                # Of a foreign item, first the head, which says where the tensor begins. At most: heads that lie close
-                # together are read together.
+                # Of a foreign item the head is read first: it says where the tensor begins. An upper bound, as heads
+                # that lie close together are read in one request.
                 yield rank, min(HEAD_BYTES, chunk.item_length) + dealing.weigh([(chunk, box)])[1], 2
             elif passes and dealing.is_small(chunk, box):
                 spans |= {span for span, _ in deal.cut(chunk, box, number, parts.index(want.part), limits)}
@@ -99,7 +99,7 @@ def _asked(
 
 
 def _passed_on(deal: Deal, asked: Sequence[Sequence[Span]], limits: ReadLimits) -> Iterator[tuple[int, int, int]]:
-    """The same of what is read by one for all: window by window, as `storage/passing.py` has it."""
+    """The same for what one rank reads on behalf of others: window by window, as in `storage/passing.py`."""
     num_readers = max(len({deal.reader_of(span) for span in of_rank}) for of_rank in asked)
     max_bytes = dealing.window_bytes(num_readers, limits)
     everything: dict[int, list[Span]] = defaultdict(list)
@@ -114,20 +114,20 @@ def _passed_on(deal: Deal, asked: Sequence[Sequence[Span]], limits: ReadLimits) 
 
 
 def _owner(chunk: StoredChunk) -> str | None:
-    """The step of a chunk's path that says which worker's it is."""
+    """The step of a chunk's path that names the one worker it belongs to; `None` if there is none."""
     step = chunk.path[1] if len(chunk.path) > 1 else None
     return step if isinstance(step, str) and layout.is_rank_key(step) else None
 
 
 def _shares(chunks: tuple[StoredChunk, ...], num_workers: int, saved: int) -> Iterator[tuple[StoredChunk, int, Box]]:
-    """Which box of which stored chunk each worker needs of one tensor."""
+    """Which box of which stored chunk of one tensor each worker needs."""
     shape, owner = chunks[0].shape, _owner(chunks[0])
     for chunk in chunks:
         if chunk.box.num_elements == 0:
             continue
         rank_of = num_workers if owner is None else int(owner.removeprefix("rank_"))
         if saved == num_workers and rank_of < num_workers:
-            # A value of one worker goes back to that worker; that of a worker there never was is a name like any other.
+            # A value of one worker goes back to that worker; a worker that never was is a name like any other.
             yield chunk, rank_of, chunk.box
         elif owner is not None or not shape:
             yield from ((chunk, rank, chunk.box) for rank in range(num_workers))

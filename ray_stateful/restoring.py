@@ -69,7 +69,7 @@ def restore_opened(
     *,
     initial: bool = False,
 ) -> ResumeReport:
-    """The same from one that is open; `initial` says that it is to begin from, not to go on from. Times nothing."""
+    """Restore from a checkpoint that is open already; with `initial`, begin from it, do not resume. Times nothing."""
     if verify == "full":
         _verify_all(run, opened, ranks)
     world = World(
@@ -89,13 +89,13 @@ def restore_opened(
 
     how: dict[str, str] = {}
     for part in parts.loading_order(state):
-        # All of them, whatever one raises: some meet in collectives.
+        # All parts are loaded, even if one raises: some call collectives.
         with outcome.catch():
             if part in filled:
                 how[part] = _load(state[part], filled[part].value, world)
     described: dict[str, str] = {}
     for part, said in how.items():
-        # Before ranks agree: a part may fail at what it was handed here alone, and the others would go on to train.
+        # Before ranks agree: `describe` may fail on this rank alone, and the others would go on to train.
         with outcome.catch():
             described[part] = "" if said else _describe(state[part])
     names = sorted(filled)
@@ -132,12 +132,12 @@ def restore_opened(
 
 
 def _numbers(filled: Filled, read: ReadStatistics) -> list[int]:
-    """What is added up over the ranks for the report of a part."""
+    """The numbers that are added up over all ranks for the report of a part."""
     return [*astuple(read), int(filled.is_partial), int(bool(filled.changes))]
 
 
 def _open(candidate: Candidate) -> OpenCheckpoint:
-    """Decoded on every rank, from the same bytes."""
+    """Decode the checkpoint, on every rank from the same bytes."""
     if isinstance(candidate.described, Failure):
         agree("open", {0: candidate.described})
     assert isinstance(candidate.described, opening.RawCheckpoint)
@@ -160,8 +160,8 @@ def _match(
     template = parts.collect(state, ranks.rank, outcome)
     planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
     with outcome.catch():
-        # A part may hand out the dicts it lives by, and torch's planner puts None for what it does not know (bytes,
-        # sets, numpy values) into those it is given.
+        # A copy: a part may return dicts that it uses itself, and in those it is given torch's planner replaces values
+        # that it does not know (bytes, sets, numpy values) by None.
         template = copy_containers(template)
         _refuse_without_memory(template)
         planner.set_up_planner(template)
@@ -178,8 +178,8 @@ def _match(
     refusals: list[ResizeRefused] = []
     for name in sorted(set(state) & saved):
         part, mine = state[name], {key: value for key, value in flat.items() if planner.mappings[key][0] == name}
-        # For each by itself: a strict part may meet the other ranks in a collective, and an error here must not keep
-        # this rank from the next one.
+        # Errors are caught part by part: a strict part may call a collective, and an error in one part must not keep
+        # this rank from the next.
         with outcome.catch():
             try:
                 if isinstance(part, StrictPart):
@@ -212,7 +212,7 @@ def _keys(filled: Mapping[str, Filled]) -> set[str]:
 
 
 def _refuse_without_memory(template: Mapping[str, Any]) -> None:
-    """The planner would make tensors of its own for them, and what is read into those would never reach the model."""
+    """Refuse meta tensors: the planner would replace them, and what is read into its own would not reach the model."""
     for name, value in template.items():
         for key, tensor in value.items() if isinstance(value, Mapping) else ():
             if getattr(tensor, "is_meta", False):
@@ -230,12 +230,12 @@ def _agree_on_problems(
     outcome: Outcome,
     ranks: Ranks,
 ) -> None:
-    """Every rank's problems are raised on every rank, all in one error, before anything is touched.
+    """Raise every rank's problems on every rank, all in one error, before anything of this checkpoint is loaded.
 
     Args:
-        left_over: Keys that were loaded from a checkpoint that was given up on, and of which this one has nothing.
+        left_over: Keys that were loaded from a checkpoint since rejected, and that this one would not overwrite.
     """
-    # As a rule there are none, and one small collective is all it takes to know.
+    # Usually there are none, and one small collective is enough to know that.
     failures, counts = ranks.share("match the state", outcome, [len(problems) + len(refusals) + len(left_over)])
     agree("match", failures)
     if not any(number for (number,) in counts):
@@ -252,7 +252,7 @@ def _agree_on_problems(
 
 
 def _union_of_keys(mappings: Mapping[str, tuple[str | int, ...]], outcome: Outcome, ranks: Ranks) -> dict[str, str]:
-    """Every key that some rank's state has, but for those that are a rank's own, to the name of its part.
+    """Every key of any rank's state, except those that belong to a single rank, mapped to the name of its part.
 
     Raises:
         RankFailed: on every rank, if `outcome` holds an error on any of them.
@@ -267,7 +267,7 @@ def _union_of_keys(mappings: Mapping[str, tuple[str | int, ...]], outcome: Outco
 
 
 def _asked(part: Any, method: str, saved: Any) -> tuple[str, ...]:
-    """What a part says of what was saved, if it has anything to say."""
+    """What `method` of a part returns for `saved`; empty if the part has no such method."""
     ask = getattr(part, method, None)
     return () if ask is None else tuple(ask(saved))
 
@@ -278,7 +278,7 @@ def _describe(part: Any) -> str:
 
 
 def _load(part: Any, value: Any, world: World) -> str:
-    """Hand a part its value. What it says of a resize; nothing if it was not asked for one."""
+    """Hand a part its value. Returns what its `resize` returned; an empty string if that was not called."""
     if isinstance(value, EveryRank):
         return str(part.resize(value, world))
     part.load_state_dict(value)
@@ -286,7 +286,7 @@ def _load(part: Any, value: Any, world: World) -> str:
 
 
 def _verify_all(run: Run, opened: OpenCheckpoint, ranks: Ranks) -> None:
-    """Every byte of every file, the files dealt out to the ranks."""
+    """Check every byte of every file; the files are divided among the ranks. Collective."""
     outcome = Outcome()
     with outcome.catch():
         if opened.manifest is None:

@@ -1,6 +1,6 @@
 """A run: the directory its checkpoints are in, and whom to tell about them.
 
-`checkpoint.py` asks only this of its surroundings. Inside a Ray Train worker the answer is
+This is all that `checkpoint.py` needs to know of its surroundings. Inside a Ray Train worker the run is a
 `ray_stateful.ray_train.RayRun`; elsewhere it is a `DirectoryRun`: a directory, and nobody to tell.
 """
 
@@ -41,7 +41,7 @@ class Run(Protocol):
     def uri(self) -> str: ...
 
     def prepare_report(self, metrics: dict[str, Any]) -> Any:
-        """What `report` will be given, made and checked on every rank before anything is written.
+        """Make and check what `report` will be given. Called on every rank before anything is written.
 
         Raises:
             ValueError: a metric is not a plain JSON value; names it.
@@ -50,19 +50,19 @@ class Run(Protocol):
         ...
 
     def report(self, prepared: Any, name: str) -> None:
-        """Tell whoever counts checkpoints of the one called `name`. Collective: all ranks call it, or none does."""
+        """Report checkpoint `name` to whoever counts checkpoints. Collective: all ranks call it, or none does."""
         ...
 
     def candidates(self) -> Iterable[str]:
-        """Names of checkpoints to resume from, newest first; looked for as they are asked for. On rank 0 alone."""
+        """Names of checkpoints to resume from, newest first; may be looked up lazily. Called on rank 0 alone."""
         ...
 
     def never_reported(self, name: str) -> bool:
-        """Whether somebody counts the checkpoints of this run, and was not told of `name`. Called on rank 0 alone."""
+        """Whether somebody counts the checkpoints of this run but was never told of `name`. Called on rank 0 alone."""
         ...
 
     def tracked(self) -> frozenset[str] | None:
-        """Names that somebody else counts, and deletes; `None` when nobody does. Called on rank 0 alone."""
+        """Names of checkpoints that somebody else counts and deletes; `None` if nobody does. Called on rank 0 alone."""
         ...
 
 
@@ -78,7 +78,7 @@ class DirectoryRun:
         return metrics
 
     def report(self, prepared: dict[str, Any], name: str) -> None:
-        """Nobody counts."""
+        """Does nothing: nobody counts these checkpoints."""
 
     def candidates(self) -> Iterator[str]:
         directories = self.storage.directories(self.path)
@@ -94,8 +94,8 @@ class DirectoryRun:
 def committed(storage: Storage, path: str, names: Iterable[CheckpointName]) -> Iterator[str]:
     """Those of `names` in directory `path` that are committed, newest first.
 
-    Newest is the highest step, and of one step what was committed last: two come of going back on purpose, or of
-    saving a step twice, and their names are in the order of chance. Step by step: the first is enough, as a rule, and
+    Newest means the highest step and, within a step, the latest commit: a step has two if the run went back on purpose
+    or saved it twice, and their names sort at random. Steps are looked at one by one: usually the first is enough, and
     there may be hundreds.
     """
     for _, of_step in groupby(sorted(names, reverse=True), key=lambda name: name.step):
@@ -110,7 +110,7 @@ def _created_s(storage: Storage, path: str) -> float:
     try:
         return Manifest.from_json(opening.read_manifest(storage, path), path).created_s
     except (DamagedCheckpoint, FileNotFoundError):
-        # First: whoever opens it will refuse it, and say so. Last, it would be passed over without a word.
+        # Sorted first: whoever opens it will refuse it, and say so. Sorted last, it would be skipped silently.
         return math.inf
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
 
-# Seconds. For a rank that was told by its peers, and has not got the request itself yet.
+# Seconds. For a rank that knows of the request from its peers, and has not received it itself yet.
 DEFAULT_HOLD_S = 600.0
 
 
@@ -46,10 +46,10 @@ _changed = threading.Condition()
 def save_requested() -> int:
     """The number of the newest request that this rank has not served; 0 if there is none.
 
-    Local, and cheap enough for every step. Requests do not reach all ranks between the same two steps: what counts is
-    the largest number that any rank has, and finding that out is a collective of the caller.
+    Local, and cheap enough for every step. A request may reach different ranks between different steps: what counts is
+    the largest number that any rank has, which the caller finds out by a collective.
     """
-    # Without the lock: a request that is seen one step later is as good.
+    # Without the lock: it does no harm if a request is seen one step later.
     _mailbox.listening = True
     return _mailbox.requested if _mailbox.requested > _mailbox.served else 0
 
@@ -93,7 +93,7 @@ def ask(number: int, why: str, hold_s: float) -> bool:
 
 
 def wait_until_held(number: int, timeout_s: float) -> Held | None:
-    """What this rank says about request `number`, once it has served it; `None` if it has not, after `timeout_s`."""
+    """What this rank says about request `number` or a later one, once served; `None` if that takes over `timeout_s`."""
     with _changed:
         _changed.wait_for(lambda: _mailbox.held is not None and _mailbox.held.number >= number, timeout_s)
         held = _mailbox.held

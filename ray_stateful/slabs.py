@@ -1,7 +1,7 @@
 """Tensors of a checkpoint as a stream of slabs: whole runs of rows in order, in bounded memory, each byte checked.
 
-For what passes over all of a checkpoint and keeps none of it: an export, a comparison. The next batch of slabs is read
-while this one is in use.
+For work that passes over a whole checkpoint and keeps none of it: an export, a comparison. The next batch of slabs is
+read while this one is in use.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ray_stateful.storage.base import Storage
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.reader import read_requests, requests_for
 
-# Of one slab; and bytes of one batch, of which there are two at a time.
+# Elements of one slab, at most; and bytes of one batch, of which two are in memory at a time.
 MAX_ELEMENTS = 8 << 20
 BATCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """A box of one tensor that is one run of its elements in row-major order."""
+    """A box of one tensor whose elements follow one another in the tensor's row-major order."""
 
     key: str
     box: Box
@@ -62,7 +62,7 @@ def stream(storage: Storage, opened: OpenCheckpoint, boxes: Iterable[tuple[str, 
 
 
 def _batches(opened: OpenCheckpoint, boxes: Iterable[tuple[str, Box]]) -> Iterator[list[Slab]]:
-    """Slabs together that are read together: small tensors would cost a round trip each."""
+    """Group slabs that are read together: small tensors would otherwise cost a round trip each."""
     batch: list[Slab] = []
     size = 0
     for key, box in boxes:

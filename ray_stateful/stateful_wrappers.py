@@ -1,8 +1,8 @@
 """Model and optimizer as `Stateful`s: what a checkpoint holds of them, under which keys, and how it comes back.
 
 The public names and signatures are those of NeMo Automodel's module of this name. Both classes work with plain
-`torch.distributed.checkpoint`, and with `ray_stateful.restore`, which asks `reconcile` about keys that are on one
-side only before it touches anything.
+`torch.distributed.checkpoint`, and with `ray_stateful.restore`, which asks `reconcile` about keys that only the state
+or only the checkpoint has, before it touches anything.
 """
 
 from __future__ import annotations
@@ -45,6 +45,6 @@ def _add_outer_prefix(
 def _get_lm_head_weight_and_name(model: nn.Module) -> tuple[nn.Parameter, str] | tuple[None, None]:
     """The output head's parameter and its canonical name, tied or not; `(None, None)` without a head.
 
-    FSDP1 with `use_orig_params=False` leaves no parameter but flat ones: there is no head to be had there.
+    FSDP1 with `use_orig_params=False` leaves only flat parameters: no head can be found there.
     """
     return model_keys.head_and_name(model)

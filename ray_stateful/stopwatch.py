@@ -1,4 +1,4 @@
-"""Where the seconds of a save go: by phase, and how many of them training stood still for. Pure, but for the clock."""
+"""How long each phase of a save takes, and how long training stands still for it. Pure, except for the clock."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import time
 class Stopwatch:
     """Seconds by phase. A phase lasts until the next one of the same thread begins, or until `stop`.
 
-    The thread that makes the stopwatch is the one that trains: what passes in its phases, training stood still for.
+    The thread that makes the stopwatch must be the one that trains: training stands still during its phases.
     Another thread may have phases of its own at the same time.
 
     Attributes:
         seconds: By phase, in the order in which they ended.
-        stalled_s: Those of the thread that trains.
+        stalled_s: The seconds of all phases of the thread that trains.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.stalled_s = self._taken_s = 0.0
         self._trains = threading.get_ident()
-        # By thread: a background save is written by one while training waits for it in another.
+        # By thread: one may write a background save while training waits for it in another.
         self._open: dict[int, tuple[str, float]] = {}
 
     def begin(self, phase: str) -> None:

@@ -1,6 +1,6 @@
 """What is wrong with a checkpoint: every finding, with the file and the key. No torch for checkpoints of ours.
 
-`restore` stops at the first damage and takes an older checkpoint; here the point is to know all of it.
+`restore` stops at the first damage and takes an older checkpoint; the purpose here is to find all of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ray_stateful.storage import opening
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.opening import OpenCheckpoint
 
-# Of one request, and a multiple of every block size: a part then holds whole blocks.
+# Bytes of one request; a multiple of every block size, so that a part holds whole blocks.
 PART_BYTES = 8 << 20
 NUM_THREADS = 4
 
@@ -44,8 +44,8 @@ class Finding:
 class Verification:
     """What was looked at, and what was found. `num_bytes` were read and compared with their checksums.
 
-    `unverifiable` says why nothing stronger could be done: a plain DCP directory has no checksums, and its items can be
-    opened, or not.
+    `unverifiable` says why no stronger check is possible: a plain DCP directory has no checksums, so that all there is
+    to find out is whether its items can be opened.
     """
 
     path: str
@@ -86,7 +86,7 @@ def verify(storage: Storage, path: str, *, full: bool = False, progress: Progres
             findings += _value_findings([*rows, *opened.trees.values()])
         except DamagedCheckpoint as error:
             findings.append(Finding(file=layout.INDEX, problem=error.found))
-            # Nor is it read again: what is wrong with it may be that it is a terabyte of nothing.
+            # Not read again below: what is wrong with it may be that it is a terabyte of nothing.
             absent.add(layout.INDEX)
     known = {finding.file for finding in findings}
     to_read = {name: file for name, file in manifest.files.items() if full and name not in absent}
@@ -125,7 +125,7 @@ def _value_findings(rows: list[StoredChunk]) -> list[Finding]:
             except HostileCheckpoint as error:
                 findings.append(Finding(file=layout.INDEX, key=row.key, problem=error.found))
             except ModuleNotFoundError:
-                # A dtype or a tensor, where there is no torch to make it.
+                # A dtype or a tensor, which can't be made without torch.
                 continue
     return findings
 
@@ -165,7 +165,7 @@ def _verify_contents(
 
 def _verify_file(reader: _Reader, name: str, file: StoredFile, rows: list[StoredChunk]) -> list[Finding]:
     """One pass over the file: its own checksum, and those of the blocks in it, which tell whose bytes are bad."""
-    # Equal values are stored once, for several keys: checked once, under the first.
+    # Equal values of several keys are stored once: they are checked once, under the first key.
     regions = {(row.data_offset, row.num_bytes): row for row in sorted(rows, key=lambda row: row.key, reverse=True)}
     findings: list[Finding] = []
     try:
@@ -202,7 +202,7 @@ def _bad_blocks(reader: _Reader, name: str, row: StoredChunk) -> list[Finding]:
 
 
 class _Reader:
-    """A file from front to back, in large requests however small the pieces are that it is taken in.
+    """Reads a file from front to back in large requests, however small the pieces that are taken.
 
     Makes no request once `stopped` is set.
     """

@@ -30,7 +30,7 @@ def explain(error: BaseException) -> str:
 
 
 def _said(error: BaseException, text: str) -> str:
-    """What an error says apart from the path it is about: one may have "404" in it, or "safetensors"."""
+    """What an error says, without the path it is about: a path may contain "404", or "safetensors"."""
     if isinstance(error, DamagedCheckpoint):
         return error.found
     return _QUOTED.sub("", error.cause if isinstance(error, StorageError) else text)
@@ -38,7 +38,7 @@ def _said(error: BaseException, text: str) -> str:
 
 def _advice(error: BaseException, text: str) -> str | None:
     if isinstance(error, UnknownFormat):
-        # It says which version to install.
+        # The error itself says which version to install.
         return None
     if isinstance(error, HostileCheckpoint) and "safetensors" not in text:
         return "do not use this checkpoint, unless you know who wrote it and why"

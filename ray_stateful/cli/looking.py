@@ -98,7 +98,7 @@ def verify_(ctx: click.Context, checkpoint: str, full: bool, json_: bool) -> Non
     with meter("verify", sum(sizes.values()) if full else 0) as progress:
         result = verify.verify(storage, path, full=full, progress=progress)
     if json_:
-        # Nobody knows, where there are no checksums.
+        # Without checksums nobody knows whether it is intact.
         intact = None if result.unverifiable else True
         as_json({**_fields(result), "intact": False if result.findings else intact})
     else:
@@ -186,7 +186,7 @@ def plan_(checkpoint: str, workers: int, json_: bool) -> None:
         right=(0, 1, 2, 3),
     )
     requests = sum(cost.num_requests for cost in costs)
-    # Of stock items, heads that lie close together are read together: how many that is, only reading tells.
+    # Heads of stock items that lie close together are read in one request: only reading tells how many do.
     most = "" if opened.manifest else "at most "
     say(
         f"{most}{size(read)} in {requests:,} requests, {read / max(1, wanted):.2f}x of what is needed; besides, rank 0"

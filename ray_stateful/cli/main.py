@@ -17,11 +17,11 @@ from ray_stateful.errors import CheckpointError
 
 EXIT_FINDINGS = 1
 EXIT_ERROR = 2
-# As a shell counts a process that a signal ended.
+# What a shell reports for a process that a signal ended.
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
-# Imported when they are run: `inspect` is to be done before torch would be imported, which `diff` needs.
+# Imported only when run: `diff` needs torch, and `inspect` should finish in less time than it takes to import that.
 _COMMANDS = {
     "diff": "looking",
     "export": "moving",
@@ -56,7 +56,7 @@ class _Commands(click.Group):
             say("interrupted", err=True)
             ctx.exit(EXIT_INTERRUPTED)
         # The errors that commands raise on purpose, those of storage, and those of arguments that do not fit together.
-        # Any other is a mistake of ours, and wants its traceback.
+        # Any other is a bug of ours, and needs its traceback.
         except (CheckpointError, OSError, ValueError) as error:
             say(f"error: {explain(error)}", err=True)
             ctx.exit(EXIT_ERROR)

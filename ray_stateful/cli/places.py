@@ -1,4 +1,4 @@
-"""Arguments that are places: from a path or URI to a storage and a path on it, and a run with what Ray knows of it."""
+"""Arguments that name places: turns a path or URI into a storage and a path on it, a checkpoint, or a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.retries import RetryingStorage, RetryPolicy
 from ray_stateful.storage.uris import resolve, without_credentials
 
-# A person waits in front of it: a store that is down for longer is reported, not waited for.
+# Short, as a person is waiting: a store that is down for longer is reported, not waited for.
 _POLICY = RetryPolicy(budget_s=15.0)
 
 
@@ -45,7 +45,7 @@ def open_checkpoint(uri: str) -> tuple[RetryingStorage, OpenCheckpoint]:
 
 
 def refuse_missing_bucket(storage: RetryingStorage, path: str) -> None:
-    """Say so if the bucket itself is not there: a store answers for any path in it that nothing is there.
+    """Refuse a path whose bucket does not exist: for such a path a store only answers that nothing is there.
 
     Raises:
         StorageError: there is no such bucket.
@@ -54,7 +54,7 @@ def refuse_missing_bucket(storage: RetryingStorage, path: str) -> None:
     if not isinstance(filesystem, pyarrow.fs.FileSystem) or filesystem.type_name not in ("abfs", "gcs", "s3"):
         return
     bucket = path.lstrip("/").partition("/")[0]
-    # Who may not ask for the bucket may still read in it, so that says nothing.
+    # An error says nothing: whoever may not ask for the bucket may still be allowed to read in it.
     with suppress(OSError):
         if filesystem.get_file_info(bucket).type == pyarrow.fs.FileType.NotFound:
             raise StorageError("find", bucket, "the bucket does not exist")

@@ -20,12 +20,12 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a line. Keys and values are a stranger's: what would be an instruction to the terminal is shown as text."""
+    """Print a line. Keys and values come from strangers: what would instruct the terminal is shown as text."""
     click.echo(printable(text, keep=""), err=err)
 
 
 def as_json(value: Any) -> None:
-    """Print `value`, a dataclass or what is made of them, as one JSON object."""
+    """Print `value`, a dataclass or something that contains some, as one JSON object."""
     click.echo(json.dumps(value, default=_plain, indent=1, allow_nan=False))
 
 
@@ -60,8 +60,8 @@ def age(since_s: float | None, now_s: float | None = None) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """Print columns, wide enough for what is in them; those at `right` are numbers, and end together."""
-    # A key may be a megabyte, and all lines are as wide as the widest.
+    """Print columns, wide enough for what is in them; those at `right` are numbers, and aligned to the right."""
+    # Shortened: a key may be a megabyte long, and every line is padded to the widest.
     lines = [list(header), *([_shortened(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
@@ -78,7 +78,7 @@ def _shortened(cell: str) -> str:
 
 
 class Meter:
-    """Bytes done so far, shown or not."""
+    """Counts the bytes done so far, with or without showing them."""
 
     def __init__(self, update: Any = None) -> None:
         self._update = update
@@ -91,7 +91,7 @@ class Meter:
 @contextmanager
 def meter(doing: str, total_bytes: int) -> Iterator[Meter]:
     """A progress bar on standard error, if that is a terminal."""
-    # There is none where it was closed.
+    # `None` if standard error was closed.
     if sys.stderr is None or not sys.stderr.isatty():
         yield Meter()
         return

@@ -41,7 +41,7 @@ def gc_(ctx: click.Context, run: str, dry_run: bool, older_than: float, json_: b
     """Delete the orphans of RUN: directories of checkpoints that were never committed and that Ray does not count.
 
     Nothing else is ever deleted, and never the newest. Choose --older-than well above the time one save takes: an
-    object that is being uploaded is not to be seen. Exit code 1 if some orphan could not be deleted.
+    object can't be seen while it is being uploaded. Exit code 1 if some orphan could not be deleted.
     """
     found = open_run(run)
     gone = orphans.find(found, older_than_s=older_than)

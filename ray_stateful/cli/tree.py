@@ -18,7 +18,7 @@ MAX_TREE_DEPTH = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """One entry. `sharded_dims` are the dims its chunks cut; `ranks` those that wrote them; `value` is its JSON."""
+    """One entry. `sharded_dims` are the dims that its chunks divide; `ranks` wrote those; `value` is its JSON."""
 
     key: str
     path: tuple[str | int, ...]
@@ -52,7 +52,7 @@ def summaries(opened: OpenCheckpoint, key: str | None = None) -> list[Summary]:
     """The entries at `key` and below it, or all, in the order of their keys.
 
     Raises:
-        ValueError: there is no such entry; names the nearest.
+        ValueError: there is no such entry; names those with the most similar keys.
     """
     found = [
         _summary(chunks)
@@ -90,8 +90,8 @@ def lines(found: Sequence[Summary]) -> Iterator[str]:
     """The entries as a tree: each name once, with the bytes below it."""
     ordered = sorted(((_steps(one), one) for one in found), key=lambda entry: entry[0])
     paths = [path for path, _ in ordered]
-    # How many steps each shares with the one before it. What is below a step stands in a row: its beginnings are not
-    # kept, of which a name of many dots has many.
+    # How many steps each path shares with the one before it. What is below one step stands in a row, so no prefixes
+    # need be kept, of which a name with many dots has many.
     common = [_num_common(*pair) for pair in pairwise([[], *paths])]
     for at, (path, one) in enumerate(ordered):
         for depth in range(common[at] + 1, len(path)):
@@ -162,9 +162,9 @@ def _bytes_below(ordered: Sequence[tuple[list[str], Summary]], common: Sequence[
 
 
 def _steps(one: Summary) -> list[str]:
-    # Names of parameters are one step with dots in it: they make the tree.
+    # The name of a parameter is one step with dots in it: the tree splits it at those.
     steps = [part for step in one.path for part in str(step).split(".")]
-    # A name of a million dots would be as deep a tree, of whose every level all those above are kept.
+    # A name with a million dots would make a tree as deep, with a line for each level, indented by its depth.
     return (
         steps if len(steps) <= MAX_TREE_DEPTH else [*steps[: MAX_TREE_DEPTH - 1], ".".join(steps[MAX_TREE_DEPTH - 1 :])]
     )

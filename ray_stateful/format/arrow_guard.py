@@ -1,11 +1,11 @@
-"""Refuses what in an Arrow stream would grow, before pyarrow reads it: compressed buffers, dictionaries sent again.
+"""Refuses Arrow streams that would grow when pyarrow reads them: compressed buffers, and dictionaries sent again.
 
-A stream of ours is never compressed. One that is can hold a buffer that inflates some 30,000-fold (a zstd run of
-zeros), and pyarrow has no limit for it; so the one field that says so is looked up by hand in each message's flatbuffer
+Our streams are never compressed. A compressed one can hold a buffer that inflates some 30,000-fold (a zstd run of
+zeros), and pyarrow sets no limit; so the one field that tells is looked up by hand in each message's flatbuffer
 (`Message.fbs`: Message.header, a RecordBatch or the data of a DictionaryBatch; RecordBatch.compression).
 
-A dictionary may be sent again, or with a few entries more, before each batch of rows; pyarrow then keeps all of it for
-every batch. So there are as many dictionaries as columns that have one, and few batches.
+A dictionary may be sent again, or with a few more entries, before each batch of rows; pyarrow then keeps a whole copy
+for every batch. So a stream may have one dictionary for each column that uses one, and only few batches.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import pyarrow as pa
 _MESSAGE_HEADER_TYPE, _MESSAGE_HEADER = 1, 2
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 _DICTIONARY_DATA, _BATCH_COMPRESSION = 1, 3
-# Rows are written in one, but for columns of gigabytes. Each refers to whole dictionaries, which are checked each time.
+# Rows are written in one batch, unless columns have gigabytes. Every batch checks its whole dictionaries again.
 MAX_BATCHES = 64
 
 
 def refuse_growing(stream: bytes, num_dictionaries: int) -> None:
-    """Raise ValueError if reading the Arrow IPC `stream` takes more than it is long, or a message can't be read.
+    """Raise ValueError if reading the Arrow IPC `stream` takes more memory than its length, or a message can't be read.
 
     Args:
-        num_dictionaries: Columns that have one.
+        num_dictionaries: Number of columns that have a dictionary.
     """
     reader = pa.MessageReader.open_stream(stream)
     left = {"dictionary": num_dictionaries, "record batch": MAX_BATCHES}

@@ -21,14 +21,14 @@ def block_bytes_for(num_bytes: int) -> int:
     """The block size for chunks of a tensor of `num_bytes`: a power of two.
 
     A read of part of a chunk is widened to whole blocks: by half a block, on average, at each end of what a rank wants
-    of a tensor. And every rank has the checksums of all blocks, however little it reads. With blocks of b bytes that is
-    b and 8 * num_bytes / b: least together at the square root of 8 * num_bytes, whatever the number of ranks. A block
-    of the chunk's size by some number would not do: the more ranks, the more checksums for everybody.
+    of a tensor. And every rank holds the checksums of all blocks, however little it reads. With blocks of b bytes this
+    costs b and 8 * num_bytes / b bytes; the sum is least where b is the square root of 8 * num_bytes, whatever the
+    number of ranks. A fixed fraction of the chunk's size would not do: more ranks would mean more checksums for each.
 
-    Not below 1 KiB, where the calls of the hash cost more than the hashing; not above 64 KiB, which is format 1's.
+    Not below 1 KiB, where calling the hash costs more than the hashing; not above 64 KiB, the limit of format 1.
     """
     best = math.isqrt(CHECKSUM_BYTES * num_bytes)
-    # The power of two below it.
+    # The largest power of two that is not above it.
     return max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, 1 << max(0, best.bit_length() - 1)))
 
 
@@ -46,7 +46,7 @@ def block_checksums(data: Buffer, block_bytes: int) -> bytes:
 
 
 def first_bad_block(data: Buffer, block_bytes: int, expected: bytes | memoryview) -> int | None:
-    """The first block of `data` whose checksum is not the one in `expected`; `None` if all agree."""
+    """The number of the first block of `data` whose checksum differs from `expected`; `None` if all agree."""
     found = block_checksums(data, block_bytes)
     if found == expected:
         return None
@@ -63,7 +63,7 @@ def checksum(data: Buffer) -> str:
 
 
 class RunningChecksum:
-    """The checksum of a file that passes by in pieces."""
+    """The checksum of a file that is given piece by piece."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_64()

@@ -15,7 +15,7 @@ from itertools import chain, combinations, islice, pairwise, product
 Ints = tuple[int, ...]
 
 _MAX_CUT_DIMS = 8
-# Of all boxes of a tensor, where they are cut: some 200 bytes each while they are added up.
+# Corners of all boxes of a tensor, counting cut dims only: each takes some 200 bytes while they are added up.
 _MAX_CORNERS = 1 << 20
 _MAX_PROBLEMS = 10
 _MAX_COMPARED = 200
@@ -29,7 +29,7 @@ class Box:
     sizes: Ints
 
     def __reduce__(self) -> tuple[type[Box], tuple[Ints, Ints]]:
-        # The way dataclasses have looks up every field of every box; there is one for each row that ranks send.
+        # What dataclasses do by default looks up every field of every box, and ranks send one box with each row.
         return Box, (self.offsets, self.sizes)
 
     @property
@@ -42,7 +42,7 @@ class Box:
 
 
 def intersection(first: Box, second: Box) -> Box | None:
-    """What two boxes of one tensor share; `None` if that is nothing."""
+    """The box that two boxes of one tensor share; `None` if they share no element."""
     offsets, sizes = [], []
     for a, m, b, n in zip(first.offsets, first.sizes, second.offsets, second.sizes, strict=True):
         start, stop = max(a, b), min(a + m, b + n)
@@ -73,7 +73,7 @@ def span_of(box: Box, sizes: Sequence[int]) -> tuple[int, int]:
 
 
 def run_of(box: Box, sizes: Sequence[int]) -> int:
-    """Elements of `box` of a chunk of `sizes` that follow each other without a gap."""
+    """Number of elements of `box`, in a chunk of `sizes`, that follow each other without a gap."""
     run = 1
     for size, whole in zip(reversed(box.sizes), reversed(sizes), strict=True):
         run *= size
@@ -86,8 +86,8 @@ def split(box: Box, sizes: Sequence[int], max_span: int, max_gap: int) -> Iterat
     """Cut `box` of a chunk of `sizes` into boxes that are each worth reading as one span of elements.
 
     Args:
-        max_span: Elements a span may have; a single row of it may be cut as well.
-        max_gap: Elements between two runs of the box that are still read along rather than left out.
+        max_span: Most elements in a span; even a single row is cut if it has more.
+        max_gap: Most elements between two runs of a box that are read along with them rather than skipped.
     """
     if box.num_elements == 0:
         return
@@ -107,7 +107,7 @@ def split(box: Box, sizes: Sequence[int], max_span: int, max_gap: int) -> Iterat
 def coverage_problems(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
     """Why `boxes` are not an exact tiling of a tensor of `shape`; empty if they are.
 
-    Whether they are takes time in proportion to their number, whatever they are: they may be a stranger's.
+    The check takes time in proportion to the number of boxes, whatever they are: the checkpoint may be a stranger's.
     """
     if _are_rows(tuple(shape), boxes):
         return []
@@ -132,7 +132,7 @@ def coverage_problems(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
 
 
 def _are_rows(shape: Ints, boxes: Sequence[Box]) -> bool:
-    """Whether boxes are whole rows of a tensor, one run behind the other: what FSDP makes, and soon said."""
+    """Whether boxes are runs of whole rows of a tensor, end to end: what FSDP makes, and quick to check."""
     if not shape:
         return len(boxes) == 1 and boxes[0] == Box((), ())
     stop, inner, zeros = 0, shape[1:], (0,) * (len(shape) - 1)
@@ -146,8 +146,8 @@ def _are_rows(shape: Ints, boxes: Sequence[Box]) -> bool:
 def _is_tiling(shape: Sequence[int], boxes: Sequence[Box], cut: Sequence[int]) -> bool:
     """Whether boxes within `shape` hold each of its elements exactly once; `cut` are the dims that any of them cuts.
 
-    Each box is the sum of quadrants, one from each of its corners to infinity, with a sign; and quadrants are
-    independent of each other. So the boxes make up the tensor if, and only if, their corners add up to its own.
+    Each box is a signed sum of quadrants, which reach from its corners to infinity, and quadrants at different corners
+    are linearly independent. So the boxes tile the tensor if, and only if, their signed corners add up to the tensor's.
     """
     corners: Counter[Ints] = Counter()
     whole = [Box((0,) * len(shape), tuple(shape))] if math.prod(shape) else []
@@ -160,9 +160,9 @@ def _is_tiling(shape: Sequence[int], boxes: Sequence[Box], cut: Sequence[int]) -
 
 
 def _overlaps(boxes: Sequence[Box], cut: Sequence[int]) -> Iterator[tuple[Box, Box]]:
-    """Pairs that overlap, for the message; among so many boxes as can be compared in a moment."""
+    """Pairs that overlap, for the error message: of neighbours, and of as many boxes as are compared quickly."""
     ordered = sorted(boxes, key=lambda box: ([box.offsets[dim] for dim in cut], box.sizes))
-    # Neighbours first: where shards overlap, it is mostly those.
+    # Neighbours first: where shards overlap, it is mostly neighbours that do.
     pairs = chain(pairwise(ordered), combinations(ordered[:_MAX_COMPARED], 2))
     yield from (pair for pair in pairs if intersection(*pair) is not None)
 
@@ -174,7 +174,7 @@ def _inside(shape: Sequence[int], box: Box) -> bool:
 
 
 def _largest_gap(box: Box, sizes: Sequence[int]) -> int:
-    """Elements between the end of one contiguous run of `box` and the start of the next, at its widest."""
+    """Most elements between the end of one contiguous run of `box` and the start of the next."""
     strides = strides_of(sizes)
     gap, run = 0, 1
     for size, stride in zip(reversed(box.sizes), reversed(strides), strict=True):

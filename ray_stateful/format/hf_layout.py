@@ -1,8 +1,8 @@
 """Weights in the Hugging Face layout: the header of a safetensors file, tensors spread over files, the index. Pure.
 
-Written by hand, and not by the `safetensors` library, because that takes all tensors of a file at once, in memory, and
-a path of this machine. The format is eight bytes of length, a JSON header of so many bytes, and the tensors' bytes; it
-is public and frozen: https://huggingface.co/docs/safetensors. A test reads ours with the library, and the library's.
+Written by hand because the `safetensors` library takes all tensors of a file at once, in memory, and a local path.
+The format is eight bytes that give the length of a JSON header, that header, and the tensors' bytes; it is public and
+frozen: https://huggingface.co/docs/safetensors. Tests have the library and this module read each other's files.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ADAPTER = "adapter_model"
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 
-# An entry of a header that is no tensor.
+# The one entry of a header that is not a tensor.
 METADATA = "__metadata__"
 
 # The library's own limit.
 MAX_HEADER_BYTES = 100_000_000
 
-# A tensor has three, in some 60.
+# For each list and object: a tensor's entry has three of them, in some 60 bytes.
 _MIN_ENTRY_BYTES = 16
 
 DTYPES = {
@@ -57,7 +57,7 @@ _TORCH_NAMES = {name: dtype for dtype, name in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor as a file has it: torch's name of its dtype; and where its bytes begin in the file, if that is known."""
+    """A tensor in a file. `dtype` is torch's name; `offset` is where its bytes begin in the file, if that is known."""
 
     name: str
     dtype: str
@@ -70,10 +70,10 @@ class Weight:
 
 
 def spread(weights: Sequence[Weight], max_file_bytes: int, stem: str = WEIGHTS) -> dict[str, list[Weight]]:
-    """The files that `weights` go to, in their order: a file ends before it would pass the limit.
+    """The files that `weights` go to, in their order: a file ends before it would exceed the limit.
 
-    A tensor larger than the limit has a file of its own. Within a file, wide elements come first, so that all of them
-    are aligned.
+    A tensor larger than the limit gets a file of its own. Within a file, tensors with wider elements come first, so
+    that all of them are aligned.
     """
     groups: list[list[Weight]] = [[]]
     size = 0
@@ -95,7 +95,7 @@ def spread(weights: Sequence[Weight], max_file_bytes: int, stem: str = WEIGHTS) 
 
 
 def header(weights: Sequence[Weight]) -> bytes:
-    """What stands before the bytes of `weights`, in this order and without gaps."""
+    """The bytes of a file before those of `weights`, which follow in this order and without gaps."""
     # Without this entry `transformers` refuses the file.
     entries: dict[str, Any] = {METADATA: {"format": "pt"}}
     offset = 0
@@ -115,7 +115,7 @@ def header_bytes(start: bytes, file_bytes: int, where: str) -> int:
     """The length of the header, from the first eight bytes of a file.
 
     Raises:
-        HostileCheckpoint: the file is no safetensors file, or its header is absurd.
+        HostileCheckpoint: the file is not a safetensors file, or the length of its header is impossible.
     """
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
     if not 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - 8):
@@ -124,10 +124,10 @@ def header_bytes(start: bytes, file_bytes: int, where: str) -> int:
 
 
 def parse_header(text: bytes, file_bytes: int, where: str) -> list[Weight]:
-    """The tensors that a header tells of, with offsets from the beginning of the file.
+    """The tensors that a header describes, with offsets from the beginning of the file.
 
     Raises:
-        HostileCheckpoint: they do not lie one behind the other in the file, or are of an unknown dtype.
+        HostileCheckpoint: they do not fill the file end to end, or one has an unknown dtype.
     """
     try:
         entries = strict_json(text, _MIN_ENTRY_BYTES)
@@ -157,7 +157,7 @@ def _weight(name: str, entry: Any) -> Weight:
     if type(shape) is not list or len(shape) > MAX_DIMS or type(offsets) is not list or len(offsets) != 2:
         raise ValueError(f"{name!r} has shape {str(shape)[:100]} at {str(offsets)[:100]}")
     absurd = any(type(number) is not int or not 0 <= number < 2**62 for number in [*shape, *offsets])
-    # Also where a size is 0: strides multiply the others.
+    # Also where a size is 0: strides are products of the other sizes.
     if absurd or math.prod(max(size, 1) for size in shape) * 16 > 2**62:
         raise ValueError(f"{name!r} has shape {str(shape)[:100]} at {str(offsets)[:100]}")
     return Weight(name, _TORCH_NAMES[entry["dtype"]], tuple(shape))
@@ -172,10 +172,10 @@ def index(files: Mapping[str, Sequence[Weight]]) -> bytes:
 
 
 def weight_map(text: bytes, where: str) -> dict[str, str]:
-    """The file of each tensor, as an index has it.
+    """The file of each tensor, read from an index.
 
     Raises:
-        HostileCheckpoint: it is none, or names files outside of its directory.
+        HostileCheckpoint: `text` is not an index, or names files outside of its directory.
     """
     try:
         found = strict_json(text, _MIN_ENTRY_BYTES)["weight_map"]

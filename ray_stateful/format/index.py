@@ -1,8 +1,8 @@
 """The index: one row per stored chunk, as an Arrow stream.
 
 Everything a restore needs to know before it reads tensor bytes: which boxes of which tensors are where in which file,
-and the checksums of their blocks; and the values that are not tensors, in full. Arrow columns are data: reading them
-runs nothing, and (stored uncompressed) no column is larger in memory than the file is.
+the checksums of their blocks, and the values that are not tensors, in full. Arrow columns are plain data: reading them
+executes nothing, and, as they are stored uncompressed, no column is larger in memory than the file.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ray_stateful.format.row_checks import row_problem
 from ray_stateful.format.rows import MAX_PATH_LENGTH, MAX_POSITION, IntKey, KeyPath, StoredChunk
 
 MAX_REPEATED_BYTES = 16 << 20
-MAX_VALUES_BYTES = (1 << 31) - 2  # what one column of texts holds
-# Whatever is compared with each of as many.
+MAX_VALUES_BYTES = (1 << 31) - 2  # the most that one column of texts can hold
+# Entries with the same hash, each of which a dict or a list has to compare with all the others.
 MAX_EQUAL_KEYS = 1000
 MAX_EQUAL_PLACES = 16
-_MIN_ROW_BYTES = 64  # the fixed-width part of a row: three sizes, three offsets of lists, of texts and of entries
+_MIN_ROW_BYTES = 64  # fixed-width part of a row: 3 int64, 1 int32, and 3 int32 each for lists, texts and dictionaries
 _HASH_MODULUS = sys.hash_info.modulus
 _ROWS_AT_ONCE = 1 << 16
-_LONG_BYTES = 192  # what a part of other bytes takes, wherever they are
+_LONG_BYTES = 192  # a memoryview takes about as much, however short it is
 
 _INTS = pa.list_(pa.int64())
 _NAME = pa.dictionary(pa.int32(), pa.string())
@@ -54,12 +54,12 @@ SCHEMA = pa.schema(
 
 
 def to_bytes(rows: Sequence[StoredChunk]) -> bytes:
-    """The index file of `rows`, which are put in the order of key and offsets."""
+    """The index file of `rows`, sorted by key and offsets."""
     return stream_of(columns_of([rows[at] for at in order_of(rows)]))
 
 
 def order_of(rows: Sequence[StoredChunk]) -> list[int]:
-    """The positions of `rows` in the order of an index."""
+    """The positions of `rows`, in the order in which an index has the rows."""
     return sorted(range(len(rows)), key=lambda at: (rows[at].key, rows[at].box.offsets))
 
 
@@ -89,7 +89,7 @@ def column_of(name: str, entries: Sequence[Any]) -> pa.Array:
 
 
 def stream_of(columns: Mapping[str, pa.Array]) -> bytes:
-    """The index file that has these columns."""
+    """The bytes of the index file with these columns."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, SCHEMA) as writer:
         writer.write_table(pa.Table.from_arrays([columns[field.name] for field in SCHEMA], schema=SCHEMA))
@@ -97,13 +97,13 @@ def stream_of(columns: Mapping[str, pa.Array]) -> bytes:
 
 
 def room_for_values(data: bytes) -> int:
-    """How long the values of an index file may be together."""
-    # Each row's value is decoded by itself, however often the file repeats one by reference.
+    """How long all values of an index file may be together."""
+    # Each row's value is decoded separately, even where rows refer to one stored copy.
     return MAX_REPEATED_BYTES + len(data)
 
 
 def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[StoredChunk]:
-    """The rows of an index file, each checked against `file_sizes` (of the manifest) and itself.
+    """The rows of an index file, each checked for consistency and against `file_sizes` (of the manifest).
 
     Raises:
         HostileCheckpoint: the file is not an index, or a row asks for something outside of the checkpoint's files.
@@ -116,14 +116,14 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
             table = reader.read_all()
         table.validate(full=True)
         if table.num_rows * _MIN_ROW_BYTES > len(data):
-            # Buffers of several columns may be the same bytes of the file; rows as Python objects are not.
+            # Several columns may share the same bytes of the file; rows as Python objects share none.
             raise HostileCheckpoint(where, f"{table.num_rows:,} rows in {len(data):,} bytes")
         if any(_has_nulls(table.column(field.name)) for field in SCHEMA if not field.nullable):
             raise HostileCheckpoint(where, "nothing stands where something must")
         columns = {field.name: _values_of(table.column(field.name)) for field in SCHEMA}
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
         raise HostileCheckpoint(where, f"not an index: {error}") from error
-    # One for all chunks of a tensor.
+    # Parsed once for all chunks of a tensor.
     paths: dict[str, KeyPath] = {}
     for n, text in enumerate(columns["path"]):
         if text not in paths:
@@ -135,7 +135,7 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
     values = sum(len(row.value) for row in rows if row.value is not None)
     if values > room_for_values(data):
         raise HostileCheckpoint(where, f"values of {values:,} bytes in an index of {len(data):,}")
-    # By the hashes of places, which are easily made the same for many places without elements.
+    # Compared by hash, and counted: a hostile file can easily have many empty chunks at offsets of one hash.
     seen: dict[tuple[str, bool, int], list[tuple[int, ...]]] = defaultdict(list)
     for row in rows:
         problem = row_problem(row, file_sizes)
@@ -151,9 +151,9 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
 
 
 def _check_int_keys(paths: Iterable[KeyPath], where: str) -> None:
-    """Refuse dict keys that are numbers chosen so that a dict has to compare each with each."""
+    """Refuse numbers as dict keys that are chosen so that a dict has to compare each key with each other."""
     large = sorted(step for path in paths for step in path if isinstance(step, IntKey) and abs(step) >= _HASH_MODULUS)
-    # Each once. A set of them would be what they were chosen against.
+    # Each key counts once. Not found with a set, which is what such keys are chosen to slow down.
     hashes = Counter(hash(key) for key, before in zip(large, [None, *large], strict=False) if key != before)
     if hashes and max(hashes.values()) > MAX_EQUAL_KEYS:
         raise HostileCheckpoint(where, f"more than {MAX_EQUAL_KEYS} keys have one hash")
@@ -177,24 +177,24 @@ def _row(columns: dict[str, list[Any]], n: int, paths: Mapping[str, KeyPath]) ->
 
 
 def _has_nulls(column: pa.ChunkedArray) -> bool:
-    # That a field is not nullable is said by the schema, and held by nobody.
+    # The schema says which fields are not nullable, but pyarrow does not enforce it.
     return any(part.null_count or (pa.types.is_list(part.type) and part.flatten().null_count) for part in column.chunks)
 
 
 def _values_of(column: pa.ChunkedArray) -> list[Any]:
-    """A column as Python objects; an entry of a dictionary is one object, however often it is referred to."""
+    """A column as Python objects; a dictionary's entry is a single object, however often it is referred to."""
     found: list[Any] = []
     entries: list[Any] = []
     entries_of: Any = None
-    # All chunks of a tensor have its name. Not `dictionary_encode`: of texts, Python's hashes can't be foreseen, and so
-    # nobody can write a file of many that have the same.
+    # One object per name, as all chunks of a tensor have its name. Not by `dictionary_encode`: Python's hashes of texts
+    # can't be foreseen, so nobody can write a file with many texts of the same hash.
     texts: dict[str, str] = {}
     for part in column.chunks:
         if isinstance(part, pa.DictionaryArray):
             known = part.dictionary
             place = [len(known), known.offset, *(buffer and buffer.address for buffer in known.buffers())]
             if place != entries_of:
-                # Once, and not for each batch that refers to it.
+                # Decoded once, and not for each batch that refers to it.
                 entries, entries_of = known.to_pylist(), place
             found += [None if at is None else entries[at] for at in part.indices.to_pylist()]
         elif pa.types.is_binary(part.type):
@@ -208,9 +208,9 @@ def _values_of(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _repeated(column: Sequence[list[int]]) -> list[tuple[int, ...]]:
-    """A column of lists as tuples, of equal neighbours one: rows are in the order of keys.
+    """A column of lists as tuples; equal neighbours are one object, which suffices as rows are sorted by key.
 
-    By no dict: tuples of numbers that have one hash are easily made.
+    Not found with a dict: tuples of numbers with the same hash are easily made.
     """
     found: list[tuple[int, ...]] = []
     last: tuple[int, ...] = ()
@@ -222,7 +222,7 @@ def _repeated(column: Sequence[list[int]]) -> list[tuple[int, ...]]:
 
 
 def _slices(binary: pa.BinaryArray) -> list[bytes | memoryview]:
-    """The entries of a column without nulls; long ones as parts of the file's own bytes, of which they are most."""
+    """The entries of a column without nulls; long ones, most of the file, as views of the file's own bytes."""
     _, offsets, data = binary.buffers()
     if not len(binary):
         return []
@@ -238,15 +238,15 @@ def _path_to_json(path: KeyPath) -> str:
 
 def _path_from_json(text: str, where: str) -> KeyPath:
     try:
-        # Not `strict_json`, which takes as long as all else of a row: what it adds is about objects and constants, and
-        # neither can be a step.
+        # Not `strict_json`, which would take as long as the rest of the row: it adds checks of objects and constants,
+        # and neither can be a step.
         steps = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise HostileCheckpoint(where, f"its path can't be read: {error}") from error
     if not isinstance(steps, list) or len(steps) > MAX_PATH_LENGTH:
         raise HostileCheckpoint(where, "its path is not a short list")
     if steps and type(steps[0]) is not str:
-        # It is the name of a part. And of what begins with a text no hash can be chosen.
+        # The first step is the name of a part. Also, nobody can choose the hash of a path that begins with a text.
         raise HostileCheckpoint(where, "its path does not begin with a name")
     path: list[str | int] = []
     for step in steps:

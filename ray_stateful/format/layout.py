@@ -34,7 +34,7 @@ class CheckpointName:
 
 
 def parse_name(name: str) -> CheckpointName | None:
-    """The parts of a checkpoint directory's name; `None` for any other name, also one that merely starts like it."""
+    """The parts of a checkpoint directory's name; `None` for any other, also one that merely starts like it."""
     match = _NAME.fullmatch(name)
     return None if match is None else CheckpointName(int(match["step"]), match["attempt"])
 
@@ -50,7 +50,7 @@ def is_rank_key(step: object) -> bool:
 
 
 def is_of_one_rank(path: Sequence[str | int]) -> bool:
-    """Whether what lies at `path`, of which the first step is a part's name, is one rank's own."""
+    """Whether the value at `path`, whose first step is a part's name, belongs to a single rank."""
     return len(path) > 1 and is_rank_key(path[1])
 
 
@@ -65,7 +65,7 @@ def is_item_file(name: str) -> bool:
 
 
 def writer_of(name: str) -> tuple[int, int]:
-    """The rank and the number of which `item_file` made `name`."""
+    """The rank and the number from which `item_file` made `name`."""
     match = _ITEM_FILE.fullmatch(name)
     assert match is not None, name
     return int(match["rank"]), int(match["number"])

@@ -16,7 +16,7 @@ from ray_stateful.format.strict_json import strict_json
 MAX_BYTES = 2**62
 MAX_FILES = 1 << 20
 MAX_TEXT_LENGTH = 4095
-_MIN_ENTRY_BYTES = 16  # of a file, and more than that
+_MIN_ENTRY_BYTES = 16  # less than any file's entry has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class Manifest:
         return {name: file.size for name, file in self.files.items()}
 
     def to_json(self) -> bytes:
-        """The manifest file. Its last entry is the checksum of all the others, so that it can vouch for itself."""
+        """The bytes of the manifest file. Its last entry is a checksum of all the others, which proves it intact."""
         body = asdict(self)
         return json.dumps({**body, "checksum": _checksum_of(body)}, indent=1).encode()
 
@@ -67,9 +67,9 @@ class Manifest:
         """Read a manifest file.
 
         Raises:
-            DamagedCheckpoint: it is cut short, or its checksum is not that of its content.
-            UnknownFormat: it is of a newer format, or of none.
-            HostileCheckpoint: it names files no writer of ours would.
+            DamagedCheckpoint: it is cut short, or its checksum does not match its content.
+            UnknownFormat: it has a newer or unknown format, or states none.
+            HostileCheckpoint: an entry is malformed, or names a file that no writer of ours would.
         """
         try:
             body = strict_json(data, _MIN_ENTRY_BYTES)
@@ -121,7 +121,7 @@ def _checked(cls: type[Manifest], body: dict[str, Any], where: str) -> Manifest:
             raise refuse(f"entry of file {name!r} is not its size and checksum")
         if type(entry["size"]) is not int or not 0 <= entry["size"] <= MAX_BYTES:
             raise refuse(f"file {name!r} has size {entry['size']!r}")
-        # A restore counts bytes through all files, in 64 bits.
+        # A restore counts the bytes of all files together, in 64 bits.
         num_bytes += entry["size"]
         if num_bytes > MAX_BYTES:
             raise refuse(f"its files have more than {MAX_BYTES:,} bytes together")

@@ -1,4 +1,4 @@
-"""What a row of an index must be, whoever wrote it: found out before a byte is allocated or read for it. Pure."""
+"""Checks the rows of an index, whoever wrote it, before a byte is allocated or read for them. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ray_stateful.format.rows import MAX_DIMS, StoredChunk, tree_row
 
 
 def row_problem(row: StoredChunk, file_sizes: Mapping[str, int]) -> str | None:
-    """Why no writer of ours makes such a row of a checkpoint with files of these sizes; `None` if one may."""
+    """Why no writer of ours makes such a row in a checkpoint with files of these sizes; `None` if one could."""
     if not row.path or ".".join(map(str, row.path)) != row.key:
         return f"its path {row.path} is not its key"
     if row.is_tree:
@@ -29,7 +29,7 @@ def row_problem(row: StoredChunk, file_sizes: Mapping[str, int]) -> str | None:
         return "a tensor with a value"
     if len(row.shape) > MAX_DIMS or not len(row.shape) == len(row.box.offsets) == len(row.box.sizes):
         return f"shape {row.shape}, offsets {row.box.offsets} and sizes {row.box.sizes} do not match"
-    # Also where a size is 0: strides multiply the others.
+    # Also where a size is 0: strides are products of the other sizes.
     if any(size < 0 for size in row.shape) or math.prod(max(size, 1) for size in row.shape) * 16 > 2**62:
         return f"shape {row.shape} is absurd"
     if any(

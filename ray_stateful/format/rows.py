@@ -12,11 +12,11 @@ from ray_stateful.format.dtypes import ITEM_BYTES
 
 MAX_DIMS = 64
 MAX_PATH_LENGTH = 64
-MAX_POSITION = 1 << 20  # in a list; a list is filled up to a position, so one from a file must be bounded
+MAX_POSITION = 1 << 20  # in a list: it is filled up to a position, so a position read from a file must be bounded
 
 
 class IntKey(int):
-    """A step of a path that is a dict's key, where a plain int is a position in a list."""
+    """A step of a path that is an int key of a dict; a plain int is a position in a list."""
 
     __str__ = int.__repr__
 
@@ -34,11 +34,11 @@ class StoredChunk:
     `key` is the flat name, `path` the dict keys and list positions it was flattened from. A value has `value`, its
     JSON, and no `dtype`; its bytes in `file` are what `torch.save` made of it, there for stock tools. For a tensor,
     `data_offset` counts from the beginning of the file to the first byte of its elements, which are contiguous and
-    row-major; `checksums` has 8 bytes for every `block_bytes` of them. In a row that was read they may be bytes of the
-    index itself, and keep all of it.
+    row-major; `checksums` has 8 bytes for every `block_bytes` of them. In a row that was read, `checksums` may be a
+    view of the index file's bytes, which keeps all of them in memory.
 
-    A tree is a value with no `file`: a dict or list without tensors in it, whole. DCP flattens it into an entry a
-    leaf, which loses that a key was an int or a dict was a Counter; the tree keeps it, and stands for all entries
+    A tree is a value with no `file`: a whole dict or list that has no tensors in it. DCP flattens it into one entry per
+    leaf, which loses that a key was an int or a dict was a Counter; the tree keeps this, and replaces all entries
     below its path.
     """
 
@@ -56,7 +56,7 @@ class StoredChunk:
     value: str | None = None
 
     def __reduce__(self) -> tuple[Callable[..., StoredChunk], tuple[Any, ...]]:
-        # As for `Box`: gathering the rows was a third of what a save of many small tensors computes.
+        # As for `Box`: with the default, gathering rows was a third of the computing in a save of many small tensors.
         *others, checksums, value = _fields_of(self)
         return _chunk_of, (*others, bytes(checksums), value)
 
@@ -75,7 +75,7 @@ _fields_of = attrgetter(*_FIELDS)
 
 
 def _chunk_of(*values: Any) -> StoredChunk:
-    """What a pickled row is made by: `StoredChunk` takes its fields by name only."""
+    """Rebuild a row when it is unpickled: `StoredChunk` takes its fields by keyword only."""
     return StoredChunk(**dict(zip(_FIELDS, values, strict=True)))
 
 

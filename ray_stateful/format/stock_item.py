@@ -1,9 +1,9 @@
 """Where the bytes of a tensor begin in an item that stock `torch.save` wrote. Pure; no torch.
 
-The archive says so at its end, and in its first bytes as well: the pickle that describes the tensor comes first, and
-the tensor's bytes follow before anything else that is large. So a range of a large item can be read after one small
-read of its head. The pickle is read as the list of instructions that it is, a dozen of which describe a tensor; nothing
-of it is run, and whatever says more than that is left to those who read the whole item.
+The archive's directory, at its end, says so, but its first bytes do as well: the pickle that describes the tensor
+comes first, and the tensor's bytes follow before anything else that is large. So a range of a large item can be read
+after one small read of its head. The pickle is read as a list of instructions, a dozen of which suffice to describe a
+tensor; none is executed. An item with any other instruction is left to callers that read the whole of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from ray_stateful.format.chunks import strides_of
 from ray_stateful.format.dtypes import ITEM_BYTES
 
-# What comes before the bytes of a tensor takes some 700.
+# Some 700 bytes come before those of the tensor.
 HEAD_BYTES = 4 << 10
 
 _HEADER = struct.Struct("<4s5H3I2H")
@@ -47,7 +47,7 @@ def data_position(head: bytes, dtype: str, sizes: Sequence[int]) -> int | None:
         dtype, sizes: What the tensor must be, contiguous and row-major.
 
     Returns:
-        `None` if the item holds anything else, or is of another form.
+        `None` if the item holds anything else, or has a different form.
     """
     try:
         name, begin = _member(head, 0)
@@ -65,7 +65,7 @@ def data_position(head: bytes, dtype: str, sizes: Sequence[int]) -> int | None:
 
 
 def _member(head: bytes, at: int) -> tuple[str, int]:
-    """Name of the archive's member whose header is `at`, and where its content begins."""
+    """Name of the archive's member whose header is at `at`, and where its content begins."""
     magic, _, _, method, *_, name_bytes, extra_bytes = _HEADER.unpack_from(head, at)
     if magic != _MEMBER or method != 0:
         raise ValueError("no stored member")
@@ -74,7 +74,7 @@ def _member(head: bytes, at: int) -> tuple[str, int]:
 
 
 def _find(head: bytes, wanted: str) -> int | None:
-    """Where the content of a member begins. Members do not say how long they are: all but the last are small."""
+    """Where the content of member `wanted` begins. Headers do not tell lengths; all members but the last are small."""
     at = head.find(_MEMBER)
     while at != -1:
         if at + _HEADER.size + len(wanted) <= len(head):
@@ -111,7 +111,7 @@ def _described(pickled: bytes) -> Any:
         elif name == "STOP":
             (whole,) = stack
             return whole
-        elif name != "BINPERSID":  # a storage, which stays what describes it
+        elif name != "BINPERSID":  # a storage: the tuple that describes it stays on the stack
             raise ValueError(f"{name} describes no tensor")
     raise ValueError("the pickle has no end")
 
@@ -123,7 +123,7 @@ def _fold(stack: list[Any], begin: int) -> None:
 
 
 def _offset(described: Any, dtype: str, sizes: tuple[int, ...]) -> int | None:
-    """Elements before the first one of the tensor, if it is the one that is wanted."""
+    """Elements in the storage before the tensor's first; `None` if it has a different dtype, sizes or strides."""
     rebuild, (storage, offset, found_sizes, strides, _, hooks, *rest) = described
     kind, storage_type, key, _, _ = storage
     if rebuild not in _REBUILDS or kind != "storage" or key != "0" or hooks != ("collections OrderedDict", ()):

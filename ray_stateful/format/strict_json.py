@@ -1,7 +1,7 @@
 """JSON from a stranger: one meaning, or none.
 
-Python's reader takes the last of two equal keys where another takes the first, accepts `NaN`, ends a deep nesting
-with a RecursionError, and makes 64 bytes of each `[]`. Pure.
+Python's reader takes the last of two equal keys where other readers take the first, accepts `NaN`, fails on deep
+nesting with a RecursionError, and makes 64 bytes of each `[]`. Pure.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ def strict_json(data: bytes | str, min_bytes: int) -> Any:
     """The value of a JSON text, in UTF-8 if it is bytes.
 
     Args:
-        min_bytes: Of the text for each list and object, if they are more than a million.
+        min_bytes: Length of text that must be there for each list and object beyond the first million.
 
     Raises:
-        ValueError: it is no JSON, is nested without end, has a key twice in one object, or too many lists and objects.
+        ValueError: it is not JSON, is nested too deeply, has a key twice in an object, or too many lists and objects.
     """
     text = data if isinstance(data, str) else data.decode("utf-8")
-    # Before there are any.
+    # Before any of them is built.
     check_containers(text, min_bytes)
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
@@ -36,10 +36,10 @@ def check_containers(text: str, min_bytes: int) -> None:
     """Refuse a JSON text with too many lists and objects for its length, as `strict_json` does.
 
     Raises:
-        ValueError: it has.
+        ValueError: it has too many.
     """
     most = _FREE_CONTAINERS + len(text) // min_bytes
-    # Brackets within texts are none, which is looked at only if it matters.
+    # Brackets within strings do not count; strings are taken out only if it matters.
     if _num_containers(text) > most and _num_containers(_without_texts(text)) > most:
         raise ValueError(f"more than {most:,} lists and objects")
 

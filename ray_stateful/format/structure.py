@@ -11,7 +11,7 @@ def structure_problem(rows: Iterable[StoredChunk]) -> str | None:
     """Why the paths of `rows` do not make up one structure; `None` if they do.
 
     A container has dict keys or list positions below it, not both; a list has all its positions, as it is filled up
-    to the last of them; nothing is below a leaf. A tree stands for the values below it, and must not for tensors.
+    to the last of them; nothing is below a leaf. A tree replaces the values below it: no tensor or tree may be there.
     """
     rows = list(rows)
     trees = {_as_text(row.path) for row in rows if row.is_tree}
@@ -41,5 +41,5 @@ def structure_problem(rows: Iterable[StoredChunk]) -> str | None:
 
 
 def _as_text(path: KeyPath) -> tuple[str, ...]:
-    # Compared as text: DCP's own paths have "1" where a tree has the int.
+    # Compared as text: DCP's own paths have "1" where a tree has the int 1.
     return tuple(map(str, path))

@@ -2,13 +2,13 @@
 
 `torch.save` costs 0.4 ms a tensor, computes a CRC that `torch.load` never checks, and does not say where in the
 archive the tensor's bytes begin. Here the archive is a `header` and a `trailer` that depend on dtype and shape
-alone: the bytes between them go from the tensor to storage uncopied, and the length of an item is known before it is
+alone: the bytes between them go from the tensor to storage without a copy, and an item's length is known before it is
 written.
 
 The members are those that `caffe2/serialize/inline_container.cc` and `torch.load` ask for, stored and not deflated. The
 CRC of the tensor's member is left at zero, as torch does itself under
-`torch.utils.serialization.config.save.compute_crc32 = False`; our own checksums are in the index. What torch adds and
-nothing needs is left out: between small tensors, a restore reads it as well.
+`torch.utils.serialization.config.save.compute_crc32 = False`; our own checksums are in the index. Members that torch
+adds and nothing needs are left out: a restore also reads what lies between small tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from ray_stateful.format.chunks import strides_of
 
-# The archive's directory: short, as each member's name is written twice.
+# The folder of the archive's members: a short name, as each member's path is written twice.
 _ROOT = "t"
 _MEMBER = b"PK\x03\x04"
 _DIRECTORY_ENTRY = b"PK\x01\x02"
@@ -39,7 +39,7 @@ _UINT32_MAX = 0xFFFF_FFFF
 
 @lru_cache(maxsize=4096)
 def envelope(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """What stands before and after the bytes of a contiguous tensor, so that `torch.load` reads the whole."""
+    """The bytes to put before and after those of a contiguous tensor, so that `torch.load` reads the whole."""
     num_bytes = dtype.itemsize * _product(shape)
     header, directory = bytearray(), bytearray()
     small = {"data.pkl": _data_pickle(dtype, shape, num_bytes), "version": b"3\n"}
@@ -98,7 +98,7 @@ class _Pickler(pickle.Pickler):
         if isinstance(value, _Tensor):
             stride = strides_of(self._shape)
             # The form torch.save uses for the dtypes that have no typed storage; it holds for all of them.
-            rebuild = torch._utils._rebuild_tensor_v3  # what a saved tensor names
+            rebuild = torch._utils._rebuild_tensor_v3  # the function that torch.save names
             return rebuild, (_Storage(), 0, self._shape, stride, False, OrderedDict(), self._dtype)
         return NotImplemented
 

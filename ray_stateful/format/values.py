@@ -7,7 +7,7 @@ JSON's own types stand for themselves. Everything else is an object with one key
     {"$numpy": [dtype, base64]}   {"$ndarray": [dtype, shape, base64]}   {"$tensor": [dtype, shape, base64]}
     {"$dtype": "float32"}   {"$size": [2, 3]}   {"$device": "cuda:0"}
 
-Decoding builds these types and no others, so a stranger's checkpoint can name none of its own.
+Decoding builds these types and no others, so a stranger's checkpoint can't name types of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MAX_DEPTH = 64
 MAX_EMPTY_STRINGS = 1 << 20
 MAX_EQUAL_HASHES = 1000
-# A time's unit is so many of something, and not 0: numpy divides by that.
+# A unit of time may have a multiplier, which must not be 0: numpy divides by it.
 _PLAIN_DTYPE = re.compile(r"[<>|=][biufcmMSUV][0-9]{1,9}(\[([1-9][0-9]{0,8})?[a-zA-Z]{1,2}\])?")
 _MIN_LIST_BYTES = 6  # [1,2], and a comma
 _SPLIT_CHARACTER = re.compile("[\ud800-\udbff][\udc00-\udfff]")
@@ -47,9 +47,9 @@ def encode(value: Any, key: str) -> str:
     """`value` as JSON text.
 
     Raises:
-        UnsupportedState: a value within it has no encoding; names the key and the path within.
+        UnsupportedState: a value within it has no encoding; names the key and the path to that value.
     """
-    # Most values are hyperparameters: a number each, and one for every parameter.
+    # A fast path: most values are hyperparameters, single numbers that are stored with every parameter.
     kind = type(value)
     if kind is float and math.isfinite(value):
         return float.__repr__(value)
@@ -58,7 +58,7 @@ def encode(value: Any, key: str) -> str:
     try:
         text = _ENCODER.encode(_encode(value, key, 0))
     except ValueError as error:
-        # Python writes no int of more than 4,300 digits, as reading one takes time that grows with their square.
+        # Python writes no int of more than 4,300 digits: reading one takes time that grows with the square of these.
         raise UnsupportedState(key, f"a number of too many digits ({error})", "store it as bytes") from error
     try:
         check_containers(text, _MIN_LIST_BYTES)
@@ -77,7 +77,7 @@ def decode(text: str, where: str) -> Any:
         return _DECODED_CONSTANTS[text]
     try:
         return json.loads(text) if _NUMBER.fullmatch(text) else _decode(strict_json(text, _MIN_LIST_BYTES), 0)
-    # What numpy, torch and base64 raise for an argument that is not what they take.
+    # What numpy, torch and base64 raise for arguments that they do not accept.
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise HostileCheckpoint(where, f"a value is not in the encoding of this format: {error}") from error
 
@@ -86,7 +86,7 @@ def _encode(value: Any, key: str, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise UnsupportedState(key, f"a value nested deeper than {MAX_DEPTH} levels", "flatten it")
     kind = type(value)
-    # By exact type: an IntEnum or a numpy float64 is an int or a float too, and would come back as less than it was.
+    # By exact type: an IntEnum is an int and a numpy float64 a float, but each would come back as the plain type.
     if value is None or kind in (bool, int):
         return value
     if kind is str:
@@ -107,7 +107,7 @@ def _encode(value: Any, key: str, depth: int) -> Any:
 
 
 def _checked_text(text: str, key: str) -> str:
-    # JSON has one spelling for the two halves of a character and for the character; a half alone comes back.
+    # JSON spells a character and its two surrogate halves alike, and reads back the character. A lone half is kept.
     if _SPLIT_CHARACTER.search(text) is not None:
         raise UnsupportedState(key, f"the text {text[:40]!a}, with a character in two halves,", "store it as bytes")
     return text
@@ -133,10 +133,10 @@ def _sorted_items(tag: str) -> Callable[[Any, str, int], Any]:
 def _encode_numpy_scalar(value: Any, key: str, depth: int) -> Any:
     if not _has_plain_dtype(value):
         return None
-    # As an array of one: an empty string by itself says that it has no bytes, and gives some.
+    # As an array of one: an empty string scalar has an itemsize of 0, and yet its tobytes() returns bytes.
     one = np.array([value])
     if isinstance(value, np.character) and one[0] != value:
-        # numpy drops the zeros that a text or bytes end with.
+        # numpy drops trailing zeros of texts and bytes.
         return None
     return {"$numpy": [one.dtype.str, _text(one.tobytes())]}
 
@@ -148,7 +148,7 @@ def _encode_ndarray(value: Any, key: str, depth: int) -> Any:
 
 
 def _has_plain_dtype(value: Any) -> bool:
-    # One that another package added (bfloat16 of ml_dtypes) is spelled as so many bytes, and would come back as these.
+    # A dtype of another package (bfloat16 of ml_dtypes) is spelled as a number of bytes, and would come back as those.
     dtype = value.dtype
     return not dtype.hasobject and dtype.names is None and np.dtype(dtype.str) == dtype
 
@@ -215,18 +215,18 @@ def _members(value: Any, depth: int) -> list[Any]:
 
 
 def _distinguishable(keys: list[Any]) -> list[Any]:
-    # Numbers, and tuples of them, can be chosen so that a dict or a set has to compare each with each.
+    # Numbers, and tuples of them, can be chosen so that a dict or a set has to compare each key with each other.
     counts = Counter(hash(key) for key in keys if type(key) is not str)
     if counts and max(counts.values()) > MAX_EQUAL_HASHES:
         raise ValueError(f"more than {MAX_EQUAL_HASHES} keys have one hash")
-    # Of sets of such numbers, each comparison is as many again.
+    # If the keys are sets of such numbers, each comparison of two keys takes as many comparisons again.
     if counts and max(counts.values()) > 1 and _comparisons(keys) > MAX_EQUAL_HASHES * sum(map(_num_leaves, keys)):
         raise ValueError("keys of one hash are sets of values of one hash")
     return keys
 
 
 def _comparisons(keys: Collection[Any]) -> int:
-    """How many it may take to look each of `keys` up in a table of them."""
+    """How many comparisons it may take to look up each of `keys` in a hash table of them."""
     counts = Counter(map(hash, keys))
     return sum(counts[hash(key)] * _comparisons_of(key) for key in keys)
 
@@ -321,7 +321,7 @@ _DECODERS: dict[str, Callable[[Any, int], Any]] = {
 
 
 def _array(dtype: str, shape: list[int], data: str) -> Any:
-    # A plain element type: numpy's own reader also takes lists, dicts and a grammar of records and sub-arrays.
+    # Only a plain element type: `np.dtype` also takes lists, dicts and a grammar of records and sub-arrays.
     if _PLAIN_DTYPE.fullmatch(_given(dtype, str)) is None:
         raise ValueError(f"array of dtype {dtype[:40]!r}")
     parsed = np.dtype(dtype)
@@ -330,10 +330,10 @@ def _array(dtype: str, shape: list[int], data: str) -> Any:
     raw = base64.b64decode(data, validate=True)
     _check_size(shape, parsed.itemsize, len(raw))
     if not parsed.itemsize:
-        # Empty strings; there is no buffer to take them from.
+        # Empty strings: there are no bytes to make an array from.
         return np.zeros(_bounded(shape), dtype=parsed)
     if parsed.kind == "U" and (np.frombuffer(raw, dtype=f"{parsed.byteorder}u4") > sys.maxunicode).any():
-        # numpy looks at characters when it takes a text out, and then it is an error of the interpreter.
+        # numpy looks at the characters only when an element is read, which then ends in a SystemError.
         raise ValueError("a text with characters that do not exist")
     return np.frombuffer(bytearray(raw), dtype=parsed).reshape(shape)
 
@@ -351,7 +351,7 @@ def _check_size(shape: Any, item_bytes: int, num_bytes: int) -> None:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is its shape, its dtype and the bytes of its elements, and nothing else."""
+    """Whether a tensor consists of its shape, its dtype and the bytes of its elements, and nothing else."""
     import torch
 
     return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta)

@@ -22,14 +22,14 @@ from ray_stateful.states.shares import GlobalBatch, MicroBatch, share_of, split_
 Change = Literal["drop_last", "global_batch_size", "length"]
 T = TypeVar("T")
 
-# What another one in a resumed run does.
+# What a different value in a resumed run does.
 _EFFECTS: dict[Change, str] = {
     "length": "ends the epoch where it stands, because another length is another order",
     "global_batch_size": "changes what a step means to schedulers and learning rate",
     "drop_last": "changes which samples are trained in an epoch",
 }
 
-# Of what is saved.
+# The least valid value of each saved count.
 _LEAST = {"epoch": 0, "position": 0, "samples": 0, "length": 1, "global_batch_size": 1}
 
 
@@ -55,23 +55,23 @@ class GlobalBatchSampler:
     ```
 
     The state is the same on every rank and counts what was trained. The seed is part of it: a resumed run keeps the
-    checkpoint's. Every rank gives the same seed and `micro_batch_size`, so that all have one order, and equally many
-    micro-batches. Batch statistics (BatchNorm, balancing of experts) see micro-batches, as they do with any sampler.
+    checkpoint's. Give every rank the same seed and `micro_batch_size`, so that all have the same order and the same
+    number of micro-batches. Batch statistics (BatchNorm, balancing of experts) see micro-batches, as with any sampler.
 
     Args:
         length: Samples in the dataset, at least one.
         global_batch_size: Samples per optimizer step, over all workers.
-        micro_batch_size: Samples per forward pass of one worker, at most; may be another one in a resumed run.
-        drop_last: Leave out the end of an epoch that does not fill a global batch. Else it is a short one, weighted
-            as such.
-        rank, world_size: Among the workers that have different data: with tensor parallelism, of the data axis of the
-            mesh. Both, or neither: then those of `torch.distributed` if it is initialised, else a world of one.
-        allow_change: What may differ from the checkpoint. Another `"global_batch_size"` applies from the position on,
-            while schedulers keep counting steps. Another `"length"` is another order, so the epoch ends there. Another
-            `"drop_last"` applies to the end of this epoch.
+        micro_batch_size: Samples per forward pass of one worker, at most; may differ in a resumed run.
+        drop_last: Leave out the end of an epoch that does not fill a global batch. Otherwise it is a short batch,
+            weighted as such.
+        rank, world_size: Among the workers that have different data: with tensor parallelism, those of the mesh's data
+            axis. Give both, or neither for those of `torch.distributed` (a world of one if that is not initialised).
+        allow_change: What may differ from the checkpoint. A different `"global_batch_size"` applies from the position
+            on, while schedulers keep counting steps. A different `"length"` means a different order, so the epoch ends
+            there. A different `"drop_last"` applies to the end of this epoch.
 
     Attributes:
-        epoch: Of the position, from 0.
+        epoch: The epoch of the position, from 0.
         position: Samples trained in this epoch.
         samples: Samples trained in all.
     """
@@ -88,7 +88,7 @@ class GlobalBatchSampler:
         world_size: SupportsIndex | None = None,
         allow_change: Collection[Change] = (),
     ) -> None:
-        # Python's ints: one of NumPy's has no bit_length, and would be in the checkpoint as one of 64 bits.
+        # As Python ints: NumPy's have no bit_length, and would be saved as 64-bit NumPy integers.
         length, global_batch_size, micro_batch_size = index(length), index(global_batch_size), index(micro_batch_size)
         for name, value in [
             ("length", length),
@@ -106,7 +106,7 @@ class GlobalBatchSampler:
         if unknown:
             raise ValueError(f"allow_change={unknown} names nothing that could change: {', '.join(_EFFECTS)}")
         if (rank is None) != (world_size is None):
-            # The other one of all processes would leave some shares of each batch to nobody.
+            # Taking the missing one from all processes would leave some shares of each batch to no worker.
             raise ValueError(f"rank={rank} and world_size={world_size} go together: give both, or neither")
         if rank is None or world_size is None:
             in_group = dist.is_available() and dist.is_initialized()
@@ -150,25 +150,25 @@ class GlobalBatchSampler:
         return MicroBatchView(self)
 
     def paired_with(self, loader: Iterable[T]) -> Iterator[PairedBatch[T]]:
-        """As iterating over the sampler, with each micro-batch's data beside it.
+        """Iterate as over the sampler itself, with each micro-batch's data beside it.
 
         The loader is started at the first `next`, under a random seed of its own: (seed, epoch, position, rank). A
-        DataLoader draws its workers' seeds from torch's global stream, so a run that is resumed in mid-epoch, and
-        starts it once more, would go on with other dropout masks than the run that was not interrupted. What its
+        DataLoader draws its workers' seeds from torch's global stream, so a run that is resumed in mid-epoch, and so
+        starts it once more, would go on with different dropout masks than an uninterrupted run. What the loader's
         workers draw (augmentation) is not saved, and differs after a resume in mid-epoch.
 
         Args:
-            loader: Gives the data of `micro_batches()` in order: a DataLoader that has it as `batch_sampler`.
+            loader: Gives the data of `micro_batches()` in order: a DataLoader that has these as `batch_sampler`.
 
         Raises:
-            ValueError: a DataLoader takes its samples from elsewhere, or gives them in another order.
+            ValueError: a DataLoader takes its samples from elsewhere, or gives them in a different order.
         """
         if isinstance(loader, DataLoader):
             self._check_takes_ours(loader)
         return paired(iter(self), loader, lambda: (self.seed, self.epoch, self.position, self.rank))
 
     def on_step(self, *, step: int) -> None:
-        """Count the global batch at the position as trained; `step` is not used, since position says it all."""
+        """Count the global batch at the position as trained; `step` is not used, as the position tells enough."""
         self.samples += self._num_samples(self.position)
         self.epoch, self.position = self._after(self.epoch, self.position)
 
@@ -208,12 +208,12 @@ class GlobalBatchSampler:
         """Go on where `state_dict` was saved, by any number of workers.
 
         Raises:
-            StateMismatch: an argument that `allow_change` could name and does not is another one.
+            StateMismatch: a saved count is invalid, or an argument differs that `allow_change` does not name.
         """
         problems = self.check_saved(state_dict)
         if problems:
             raise StateMismatch("of the batches", problems)
-        # Of earlier versions they may be NumPy's.
+        # In checkpoints of earlier versions they may be NumPy integers.
         self.epoch, self.position = int(state_dict["epoch"]), int(state_dict["position"])
         self.samples, self.seed = int(state_dict["samples"]), int(state_dict["seed"])
         if self._ends_early(state_dict):
@@ -235,13 +235,13 @@ class GlobalBatchSampler:
         return [name for name in _EFFECTS if saved[name] != getattr(self, name)]
 
     def _ends_early(self, saved: Mapping[str, Any]) -> bool:
-        """Whether nothing is left here of the epoch that was saved in its midst."""
+        """Whether an epoch that was saved before its end has nothing left to train here."""
         position: int = saved["position"]
         return position > 0 and (saved["length"] != self.length or self._num_samples(position) == 0)
 
     def _check_takes_ours(self, loader: DataLoader[Any]) -> None:
-        """Refuse what would be trained in place of the samples that are counted."""
-        # With batch_size=None it is the sampler that gives the lists.
+        """Refuse a loader that would train on other samples than those that are counted."""
+        # With batch_size=None the sampler gives the lists of indices.
         view = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         if not isinstance(view, MicroBatchView):
             raise ValueError(
@@ -257,7 +257,7 @@ class GlobalBatchSampler:
             )
 
     def _num_samples(self, position: int) -> int:
-        """Of the global batch at `position`; 0 if the epoch ends there."""
+        """The number of samples in the global batch at `position`; 0 if the epoch ends there."""
         remaining = self.length - position
         if remaining < self.global_batch_size:
             return 0 if self.drop_last else remaining
@@ -277,8 +277,8 @@ class GlobalBatchSampler:
             micro_batch_size=self.micro_batch_size,
         )
         indices = order.take(range(micros[0].start, micros[-1].stop)).tolist()
-        # A stand-in from this very batch: a sample whose loss is not finite would make 0.0 * loss a NaN, and this
-        # way it does so only where the batch itself is spoiled already.
+        # A stand-in from this very batch: if its loss is not finite, 0.0 * loss is NaN, but then the batch itself is
+        # spoiled already.
         stand_in = indices[:1] or [order[position]]
         return GlobalBatch(
             epoch=epoch,
@@ -296,8 +296,8 @@ class GlobalBatchSampler:
         )
 
     def _ahead(self) -> Iterator[GlobalBatch]:
-        """The rest of the epoch without waiting for steps: what is prefetched, and counts for nothing."""
-        # From where the run stands now, and not at the first `next`: a first batch may have been passed over by then.
+        """The rest of the epoch, without waiting for steps: for prefetching. Counts nothing as trained."""
+        # From where the run stands now, and not at the first `next`: a first batch may have been skipped by then.
         return self._from(self.epoch, self.position, self._num_loads)
 
     def _from(self, epoch: int, position: int, loads: int) -> Iterator[GlobalBatch]:
@@ -313,7 +313,7 @@ class GlobalBatchSampler:
 
 
 class MicroBatchView:
-    """The micro-batches that a `GlobalBatchSampler` has in front of it, as lists of indices, counting nothing."""
+    """The micro-batches that a `GlobalBatchSampler` still has in its epoch, as lists of indices. Counts nothing."""
 
     def __init__(self, batches: GlobalBatchSampler) -> None:
         self.batches = batches
@@ -324,7 +324,7 @@ class MicroBatchView:
     def __len__(self) -> int:
         batches = self.batches
         shares = split_evenly(batches.global_batch_size, batches.world_size)
-        # Only the last one of an epoch may be short.
+        # Only the last global batch of an epoch may be short.
         full, short = divmod(batches.length - batches.position, batches.global_batch_size)
         last = 0 if batches.drop_last else -(-short // batches.world_size)
         return full * -(-shares[0] // batches.micro_batch_size) + -(-last // batches.micro_batch_size)

@@ -1,4 +1,4 @@
-"""Reduce gradients once per optimizer step: only with the last micro-batch, on every rank alike."""
+"""Reduces gradients once per optimizer step: only with the last micro-batch, on every rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class MicroBatches(Protocol[T_co]):
-    """What `accumulate` takes: the micro-batches of one optimizer step, equally many on every rank."""
+    """What `accumulate` takes: the micro-batches of one optimizer step, the same number on every rank."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[T_co]: ...
@@ -24,11 +24,11 @@ class MicroBatches(Protocol[T_co]):
 def accumulate(model: nn.Module, batch: MicroBatches[T]) -> Iterator[T]:
     """The micro-batches of `batch`, with the gradients of all but the last kept on their rank.
 
-    The body of the loop runs forward and backward, both: DDP decides in forward what backward reduces. Knows DDP, FSDP2
-    (`fully_shard`) and FSDP1, also below other modules; a plain module needs nothing.
+    Run both forward and backward in the body of the loop: DDP decides in forward what backward reduces. Handles DDP,
+    FSDP2 (`fully_shard`) and FSDP1, also below other modules; a plain module needs nothing.
 
-    FSDP keeps whole gradients, not shards, until the last micro-batch. Where that memory is not there, iterate over
-    `batch` itself: every micro-batch is reduced then, and the sum is the same.
+    FSDP keeps whole gradients, not shards, until the last micro-batch. If there is not enough memory for them, iterate
+    over `batch` itself: then every micro-batch is reduced, and the sum is the same.
     """
     num_left = len(batch)
     for micro in batch:
@@ -40,11 +40,11 @@ def accumulate(model: nn.Module, batch: MicroBatches[T]) -> Iterator[T]:
 
 
 def _hold_back(model: nn.Module, unsynced: ExitStack) -> None:
-    # FSDP1 allows it on a root only, which takes those below along. The model itself need not be one.
+    # FSDP1 allows `no_sync` only on a root, where it covers all modules below. The model itself need not be a root.
     below_fsdp1: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Each for itself: the outermost one may be below a module that is not sharded.
+            # Each module separately: the outermost one may be below a module that is not sharded.
             module.set_requires_gradient_sync(False, recurse=False)
             unsynced.callback(module.set_requires_gradient_sync, True, recurse=False)
         elif isinstance(module, DistributedDataParallel):

@@ -1,4 +1,4 @@
-"""A loader that knows its own position, saved per rank; and what another number of workers means to it."""
+"""A loader that knows its own position, saved per rank; and the rules for a different number of workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray_stateful.states.part import RankPart, World
 
 
 class StatefulLoader(Protocol):
-    """Anything with these two, `torchdata.stateful_dataloader.StatefulDataLoader` among them."""
+    """Anything with these two methods, such as `torchdata.stateful_dataloader.StatefulDataLoader`."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
@@ -24,16 +24,16 @@ class ResizeRule(ABC):
     """What becomes of per-rank loader states when there are more or fewer ranks."""
 
     def check(self, name: str, world: World) -> None:  # noqa: B027 - most rules have nothing to refuse
-        """Raise `ResizeRefused` if there is no going on; before anything is loaded, on every rank."""
+        """Raise `ResizeRefused` if the run can't go on. Called before anything is loaded, on every rank."""
 
     @abstractmethod
     def apply(self, loader: StatefulLoader, saved: Mapping[int, Any], world: World) -> str:
-        """Position `loader`, given the states of all ranks that saved, and say in a few words how."""
+        """Position `loader`, given the states of all ranks that saved; returns in a few words how."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse(ResizeRule):
-    """Positions of four shards are not positions of three: do not go on."""
+    """Do not go on: positions of four shards are not positions of three."""
 
     def check(self, name: str, world: World) -> None:
         raise ResizeRefused(
@@ -50,7 +50,7 @@ class Refuse(ResizeRule):
 
 @dataclass(frozen=True, slots=True)
 class Restart(ResizeRule):
-    """Leave the loader at its beginning: samples that this epoch has had are seen again."""
+    """Leave the loader at its beginning: samples already seen in this epoch are seen again."""
 
     def apply(self, loader: StatefulLoader, saved: Mapping[int, Any], world: World) -> str:
         return (
@@ -71,13 +71,13 @@ class Merge(ResizeRule):
 
 
 class LoaderState(RankPart):
-    """A stateful loader as a part: exact on as many workers as saved it, `on_resize` on any other number.
+    """A stateful loader as a part: exact on the number of workers that saved it, by `on_resize` on any other.
 
-    A loader counts what it has yielded. That is what was trained if it is saved between steps with no batch in hand, as
-    a Checkpointer does; one that prefetches must count what it gives out, as StatefulDataLoader does.
+    A loader counts what it has yielded. This equals what was trained if it is saved between steps with no batch in
+    hand, as a Checkpointer does; one that prefetches must count what it gives out, as StatefulDataLoader does.
 
-    A loader is asked for its state once right after it was restored: a StatefulDataLoader starts by that, and its next
-    `iter` draws nothing from torch's global stream, of which RandomState has the place where the run was.
+    Right after a restore the loader is asked for its state once, which starts a StatefulDataLoader. Its next `iter`
+    then draws nothing from torch's global stream, so that RandomState's restored position in that stream still holds.
 
     Args:
         loader: Restored in place.
@@ -95,13 +95,13 @@ class LoaderState(RankPart):
         self._rule = Refuse() if on_resize is None else on_resize
 
     def state_dict(self) -> dict[str, Any]:
-        # To ask a StatefulDataLoader that was not started starts it, which draws from torch's global stream.
+        # Asking a StatefulDataLoader for its state starts it if it was not, which draws from torch's global stream.
         with torch.random.fork_rng(devices=[]):
             return {"loader": self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._loader.load_state_dict(state_dict["loader"])
-        # Started now: the next `iter` would draw where the run that was not interrupted did not.
+        # Starts the loader now: otherwise the next `iter` would draw where an uninterrupted run does not.
         self.state_dict()
 
     def check_resize(self, name: str, world: World) -> None:

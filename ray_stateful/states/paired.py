@@ -52,7 +52,7 @@ class PairedBatch(Generic[T]):
             yield micro, self._take()
 
     def skip_rest(self) -> None:
-        """Pass over what was not iterated over, or the next batch would get this one's data."""
+        """Take and drop the data that was not iterated over; otherwise the next batch would get it."""
         while self._num_taken < len(self.batch):
             self._take()
 

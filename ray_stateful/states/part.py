@@ -1,20 +1,20 @@
 """What a part of the state may say about itself. All of it is optional: any `Stateful` is a part.
 
-`save` and `restore` take a dict of name to part. A part with none of the classes below is saved under its name, key by
-key, one copy for all ranks, and gets back what was saved, structure and all. Say more by deriving from one of these:
+`save` and `restore` take a dict of name to part. A part of none of the classes below is saved under its name, key by
+key, one copy for all ranks, and gets back what was saved, structure included. To say more, derive from one of these:
 
     StrictPart    its keys are known beforehand and must be those of the checkpoint (models, optimizers)
-    RankPart      its value differs from rank to rank, and it has a rule for another number of ranks (random streams)
+    RankPart      its value differs from rank to rank, and it has a rule for other numbers of ranks (random streams)
 
 Any part may also have
 
-    describe() -> str                             one line for the resume report, asked after it was loaded
+    describe() -> str                             one line for the resume report, asked after loading
     check_saved(saved) -> tuple[str, ...]         what keeps `saved` (tensors in it not yet filled) from being loaded,
                                                   one line each; asked before anything is loaded
-    check_resized(saved) -> tuple[str, ...]       the same, asked of a rank part at another number of ranks: `saved` are
-                                                  the values of all ranks that saved
-    changed_from(saved) -> tuple[str, ...]        what will not be as it was saved, in a few words each: the report says
-                                                  "changed" then, and not "exact"; asked at the same time
+    check_resized(saved) -> tuple[str, ...]       the same, asked of a `RankPart` at a different world size: `saved`
+                                                  has the values of all ranks that saved, by rank
+    changed_from(saved) -> tuple[str, ...]        what will not be as it was saved, in a few words each: the report then
+                                                  says "changed", not "exact"; asked at the same time
     on_step(step=...) -> None                     told by `Checkpointer.step` that an optimizer step was completed
     samples: int                                  samples trained so far, for the manifest
 """
@@ -29,11 +29,11 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reconciled:
-    """What a strict part says about the keys that are on one side only.
+    """What a strict part says about keys that only its state dict has, or only the checkpoint.
 
-    `problems` are fatal, one line a key; `notes` go to the resume report. `instead` maps a missing key to the key of
-    the checkpoint that is read into it. `is_partial` says that something here stays as built, or something of the
-    checkpoint is not loaded: the report does not call the part exact.
+    `problems` are fatal, one line per key; `notes` go to the resume report. `instead` maps a missing key to the
+    checkpoint's key whose value is read into it. `is_partial` says that something here stays as built, or something in
+    the checkpoint is not loaded: the report then does not call the part exact.
     """
 
     problems: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class StrictPart(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """Who saved, and who restores. `step` counts the optimizer steps completed when it was saved."""
+    """Who saved, and who restores. `step` counts the optimizer steps completed when the checkpoint was saved."""
 
     saved_world_size: int
     world_size: int
@@ -72,8 +72,8 @@ class World:
 class RankPart(ABC):
     """A part that is one value per rank, saved under `<name>.rank_<r>`.
 
-    At equal world size `load_state_dict` gets this rank's value back. At another, `resize` is asked instead.
-    `loads_last` is for what loading other parts may change: a random stream, from which they may draw.
+    At equal world size `load_state_dict` gets this rank's value back. At a different one, `resize` is called instead.
+    `loads_last` is for a part that loading others may change, such as a random stream, from which they may draw.
     """
 
     loads_last: ClassVar[bool] = False
@@ -81,7 +81,7 @@ class RankPart(ABC):
 
     @abstractmethod
     def check_resize(self, name: str, world: World) -> None:
-        """Refuse another number of ranks, before anything is loaded. Called on every rank.
+        """Refuse a different number of ranks, before anything is loaded. Called on every rank.
 
         Raises:
             ResizeRefused: there is no rule; names the part and what to do.
@@ -89,4 +89,4 @@ class RankPart(ABC):
 
     @abstractmethod
     def resize(self, saved: Mapping[int, Mapping[str, Any]], world: World) -> str:
-        """Take a value for this rank from those of all saved ranks, and say in a few words how."""
+        """Derive this rank's value from those of all ranks that saved, load it, and return in a few words how."""

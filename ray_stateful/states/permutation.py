@@ -1,10 +1,10 @@
-"""The order of an epoch, without a list of it: a keyed permutation that is computed where it is asked.
+"""The order of an epoch, without a list of it: a keyed permutation, computed only at the positions asked for.
 
 Pure: the sample at a position is a function of (length, seed, epoch, position), in integer arithmetic that is the same
 on every platform and in every version. Memory and the cost of a look-up do not grow with the length.
 
-A Feistel network permutes the integers of `bits` bits, `bits` being the fewest that hold the length; results that
-are past the end are sent through again until they are within it ("cycle walking", J. Black and P. Rogaway, "Ciphers
+A Feistel network permutes the integers of `bits` bits, `bits` being the fewest that hold every position; results
+past the end are sent through again until they are within it ("cycle walking", J. Black and P. Rogaway, "Ciphers
 with Arbitrary Finite Domains", 2002), which is still a permutation and takes less than two rounds on average.
 """
 
@@ -27,7 +27,7 @@ _MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
 
 
 class Permutation:
-    """A permutation of `range(length)`, one of its own for each (seed, epoch)."""
+    """A permutation of `range(length)`, a different one for each (seed, epoch)."""
 
     def __init__(self, length: int, *, seed: int, epoch: int) -> None:
         if not 0 <= length <= MAX_LENGTH:
@@ -79,8 +79,8 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _round_keys(seed: int, epoch: int) -> list[tuple[np.uint64, np.uint64]]:
-    # Text, not fixed-size integers: a seed may be any Python int. The words are the format of the order: with other
-    # words a run that was saved by an earlier version would go on in another order.
+    # Text, not fixed-size integers: a seed may be any Python int. This wording fixes the order: if it changed, a run
+    # that was saved by an earlier version would go on in a different order.
     name = f"ray_stateful permutation 1|seed {seed}|epoch {epoch}".encode()
     words = np.frombuffer(hashlib.shake_128(name).digest(8 * _NUM_ROUNDS), dtype="<u8").astype(np.uint64)
     return list(zip(words[0::2], words[1::2], strict=True))

@@ -14,17 +14,17 @@ from ray_stateful.states.part import RankPart, World
 class Progress(RankPart):
     """Counters of the whole run, not of one rank: give every rank the same numbers.
 
-    Saved per rank, as every rank has a clock of its own. Another number of workers takes the counts, which are the same
-    on all of them, and the longest wall time.
+    Saved per rank, as every rank has a clock of its own. A different number of workers takes the counts, which are the
+    same on all ranks, and the longest wall time.
 
-    `step` is counted by the Checkpointer. Samples, tokens and epochs are told with `count`:
+    `step` is counted by the Checkpointer. Report samples, tokens and epochs with `count`:
 
     ```python
     progress.count(samples=batch.num_samples, tokens=num_tokens_of_all_ranks, epoch=batch.epoch)
     ```
 
-    All of them refuse to go backwards, which would mean that two things count at once, or that a checkpoint was not
-    restored. Only `load_state_dict` takes them back.
+    All counts refuse to go backwards, which would mean that two callers count at once, or that a checkpoint was not
+    restored. Only `load_state_dict` may lower them.
 
     Attributes:
         step: Optimizer steps completed.
@@ -46,16 +46,16 @@ class Progress(RankPart):
         return self._wall_s + time.monotonic() - self._since
 
     def count(self, *, samples: int = 0, tokens: int = 0, epoch: int | None = None) -> None:
-        """Add `samples` and `tokens`; be in `epoch`.
+        """Add `samples` and `tokens`, and move to `epoch`.
 
         Raises:
-            ValueError: a count would go backwards, or is no whole number; nothing was counted.
+            ValueError: a count would go backwards, or is not a whole number; nothing was counted.
         """
         epoch = self.epoch if epoch is None else epoch
         for name, value in (("samples", samples), ("tokens", tokens), ("epoch", epoch)):
             if value != int(value):
                 raise ValueError(f"{name}={value} is no whole number")
-        # A number of NumPy's, or a tensor, is counted as what it is.
+        # A NumPy number or a tensor is stored as the Python int that it equals.
         samples, tokens, epoch = int(samples), int(tokens), int(epoch)
         for name, value, least in [("samples", samples, 0), ("tokens", tokens, 0), ("epoch", epoch, self.epoch)]:
             if value < least:
@@ -65,10 +65,10 @@ class Progress(RankPart):
         self.epoch = epoch
 
     def on_step(self, *, step: int) -> None:
-        """Be at `step` completed optimizer steps.
+        """Set the number of completed optimizer steps to `step`.
 
         Raises:
-            ValueError: `step` was counted before.
+            ValueError: `step` is not above the steps that were counted before.
         """
         if step <= self.step:
             raise ValueError(
@@ -94,7 +94,7 @@ class Progress(RankPart):
         return (*count_problems(saved, dict.fromkeys(("step", "samples", "tokens", "epoch"), 0)), *wrong)
 
     def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
-        """The same on another number of ranks, each problem once."""
+        """The same on a different number of ranks, each problem once."""
         return tuple(dict.fromkeys(problem for state in saved.values() for problem in self.check_saved(state)))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""The random streams of one rank: exact on as many workers as saved them, derived on any other number.
+"""The random streams of one rank: exact on the number of workers that saved them, derived on any other.
 
-Each rank has streams of its own (dropout, augmentation), so they are saved per rank. Another world has other ranks: a
-fifth worker has no stream to go on with, and giving it a copy of another's would give two workers the same dropout.
+Each rank has streams of its own (dropout, augmentation), so they are saved per rank. With more ranks than were saved, a
+fifth worker has no stream to go on with, and a copy of another worker's would give the two the same dropout.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ class _Stream(Protocol):
 class RandomState(RankPart):
     """Python's `random`, NumPy's global stream, torch's CPU and CUDA streams, and generators that you name.
 
-    On another number of workers every stream starts anew at `derived_seed("random", seed, step, rank, stream)`, 63 bits
-    of a SHA-256: the same for the same resume, different for every rank, stream and step.
+    On a different number of workers every stream restarts at `derived_seed("random", seed, step, rank, stream)`, 63
+    bits of a SHA-256: the same for the same resume, different for every rank, stream and step.
 
     Args:
         generators: More streams, by name. They must be the same names when resuming, on any number of workers.
-        seed: What derived streams come from; the same on every rank. A resumed run keeps the checkpoint's. Left out, it
-            is what rank 0's torch stream was seeded with.
-        devices: CUDA devices that this rank draws on; as many when resuming on as many workers. Left out, it is the
-            current one, if CUDA is in use.
-        data_parallel_rank: Whose streams this rank derives on another number of workers. Left out, it is the global
-            rank, so that all ranks draw differently. Ranks of one tensor-parallel group have to draw alike: DTensor's
-            dropout takes their CUDA streams to be the same (`torch.distributed.tensor._random`). On as many workers it
-            has to be the one that was saved: on another mesh, ranks of one group would go on with different streams.
+        seed: What derived streams come from; the same on every rank. A resumed run keeps the checkpoint's. Default: the
+            seed that rank 0's torch stream was given.
+        devices: CUDA devices that this rank draws on; the same number of them when resuming on the same number of
+            workers. Default: the current device, if CUDA is in use.
+        data_parallel_rank: The rank for which streams are derived here on a different number of workers. Default: the
+            global rank, so that all ranks draw differently. Ranks of one tensor-parallel group have to draw alike:
+            DTensor's dropout takes their CUDA streams to be the same (`torch.distributed.tensor._random`). On the same
+            number of workers it has to equal the saved one: on a different mesh, ranks of one group would go on with
+            different streams.
     """
 
     # Loading other parts may draw from these streams.
@@ -78,7 +79,7 @@ class RandomState(RankPart):
         if wrong:
             return wrong
         problems = [*self.check_resized({0: saved})]
-        # Not in checkpoints of earlier versions. Without the numbers: one line for all ranks.
+        # Checkpoints of earlier versions lack it. The line names no ranks, so that it is the same on all of them.
         if saved.get("data_parallel_rank", self._rank(current_rank())) != self._rank(current_rank()):
             problems.append(
                 "data_parallel_rank is another one than was saved on this rank, so that ranks of one group would draw "
@@ -91,7 +92,7 @@ class RandomState(RankPart):
         return tuple(problems)
 
     def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
-        """What keeps `saved` from being loaded on another number of ranks, one line each; changes nothing."""
+        """What keeps `saved` from being loaded on a different number of ranks, one line each; changes nothing."""
         if not _has_streams(saved[0]):
             return (_NOT_OURS,)
         ours = {f"generator {name}" for name in self._named}
@@ -103,7 +104,7 @@ class RandomState(RankPart):
 
     def changed_from(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
         """What will not be as it was saved, in a few words each; changes nothing."""
-        # No reason to refuse: whether CUDA is in use at a restore is not the user's doing.
+        # Not a reason to refuse: the user does not decide whether CUDA is in use at a restore.
         missing, new = self._cuda_differences(saved)
         return (
             *(f"stream {name} is left out: not drawn on here" for name in missing),
@@ -114,7 +115,8 @@ class RandomState(RankPart):
         """Go on with every stream exactly where it was.
 
         Raises:
-            StateMismatch: named generators, `devices` or `data_parallel_rank` are others than were saved.
+            StateMismatch: named generators, `devices` or `data_parallel_rank` differ from the saved ones, or a saved
+                stream is malformed.
         """
         problems = self.check_saved(state_dict)
         if problems:
@@ -144,7 +146,7 @@ class RandomState(RankPart):
             "torch": _Torch(torch.default_generator),
         }
         for position, device in enumerate(self._cuda_devices(saved)):
-            # By position: a rank that was placed elsewhere has its stream on a device of another number.
+            # By position: a rank that was placed elsewhere has its stream on a device with a different number.
             torch.cuda.init()  # type: ignore[no-untyped-call]  # untyped in torch
             streams[f"cuda {position}"] = _Torch(torch.cuda.default_generators[device])
         return streams | {f"generator {name}": stream for name, stream in self._named.items()}
@@ -175,7 +177,7 @@ class RandomState(RankPart):
             return []
         if self._devices is not None:
             return [d if isinstance(d, int) else torch.cuda._utils._get_device_index(d, True) for d in self._devices]
-        # Not asking about CUDA before it is in use: it would take memory of a device that this rank never touches.
+        # CUDA is not asked before it is in use: that would take memory on a device that this rank never touches.
         in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped in torch
         wanted = saved is not None and "cuda 0" in saved["streams"]
         return [torch.cuda.current_device()] if in_use or wanted else []
@@ -214,7 +216,7 @@ class _NumpyGlobal:
         np.random.set_state(state)
 
     def try_out(self, state: Any) -> None:
-        if state["bit_generator"] == "MT19937":  # unless somebody has set another one
+        if state["bit_generator"] == "MT19937":  # unless a different one was set
             np.random.RandomState(np.random.MT19937()).set_state(state)
         _check_positions(state)
 
@@ -251,7 +253,7 @@ class _Torch:
         self._generator.set_state(state.cpu())
 
     def try_out(self, state: Any) -> None:
-        # Its bytes are not read yet.
+        # Only dtype and size can be checked: the bytes of `state` are not read yet.
         size = self._generator.get_state().numel()
         if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8 or state.numel() != size:
             raise ValueError(f"not {size:,} bytes")
@@ -265,7 +267,7 @@ def _set_python(generator: random.Random, state: Any) -> None:
 
 
 def _check_positions(state: Any) -> None:
-    """Refuse a position beyond the words that are drawn from: NumPy does not, and reads whatever lies there."""
+    """Refuse a position beyond the words that are drawn from: NumPy does not, and would read past them."""
     for found, words in ((state["state"].get("pos", 0), 624), (state.get("buffer_pos", 0), 4)):
         if type(found) is not int or not 0 <= found <= words:
             raise ValueError(f"position {found!r} of {words} words")

@@ -1,7 +1,7 @@
-"""Which rows were trained: a set of integers, kept as its gaps leave it.
+"""Which rows were trained: a set of integers, kept as the ranges between its gaps.
 
-Pure: neither torch nor ray. Rows that are read in the order of their numbers make few ranges, however many they are;
-numbers that are hashes make one range each, 16 bytes.
+Pure: neither torch nor ray. Rows read in the order of their ids make few ranges, however many rows there are; ids that
+are hashes make one range of 16 bytes each.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Ints = NDArray[np.int64]
 
 
 def as_ids(values: NDArray[Any]) -> Ints:
-    """Row numbers as 64-bit integers; unsigned ones wrap around, which keeps different ones different.
+    """Row ids as 64-bit integers; unsigned ones wrap around, which keeps different ones different.
 
     Raises:
-        ValueError: they are no integers.
+        ValueError: they are not integers, or not one-dimensional.
     """
     if values.dtype.kind not in "iu" or values.ndim != 1:
         raise ValueError(f"the row ids are {values.dtype} of shape {values.shape}, not one integer for each row")
@@ -43,13 +43,13 @@ class RowSet:
 
     @classmethod
     def of(cls, ids: Ints) -> RowSet:
-        """Raises ValueError if an id occurs twice."""
+        """The set of `ids`. Raises ValueError if an id occurs twice."""
         ordered = np.sort(ids)
         return _joined(ordered, ordered)
 
     @classmethod
     def disjoint_union(cls, sets: Sequence[RowSet]) -> RowSet:
-        """Raises ValueError if an id is in two of the sets."""
+        """The union of `sets`. Raises ValueError if an id is in two of them."""
         first = np.concatenate([each.first for each in sets])
         last = np.concatenate([each.last for each in sets])
         order = np.argsort(first)
@@ -62,13 +62,13 @@ class RowSet:
         """For each id, whether it is in the set."""
         if not len(self.first):
             return np.zeros(len(ids), np.bool_)
-        # The range that begins at or before the id; -1, the last range, where there is none.
+        # The last range that begins at or before the id; -1, which indexes the very last one, where there is none.
         at = np.searchsorted(self.first, ids, side="right") - 1
         return (at >= 0) & (ids <= self.last[at])
 
 
 def _joined(first: Ints, last: Ints) -> RowSet:
-    """Sorted ranges, those without a gap between them as one."""
+    """The set of sorted ranges; those without a gap between them are joined."""
     if not len(first):
         return RowSet.empty()
     again = first[1:] <= last[:-1]
@@ -76,6 +76,6 @@ def _joined(first: Ints, last: Ints) -> RowSet:
         raise ValueError(
             f"row id {first[1:][again][0]} was trained twice in one epoch: the ids of the dataset are not unique"
         )
-    # Of an id that is larger than another one, one can be taken away; adding one to the largest would overflow.
+    # `first - 1` can't underflow, as a smaller id precedes it; `last + 1` could overflow.
     gap = first[1:] - 1 != last[:-1]
     return RowSet(first[np.append(True, gap)], last[np.append(gap, True)])

@@ -1,4 +1,4 @@
-"""Each worker's share of one global batch, in micro-batches: values, and the pure functions that cut them."""
+"""Each worker's share of one global batch, in micro-batches: the values, and the pure functions that make them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class MicroBatch:
     DDP and FSDP do, the gradient is that of the mean over the global batch, for unequal shares too.
 
     A worker that has fewer samples than there are micro-batches gets padding: one sample of the same global batch, with
-    a `loss_scale` of 0.0. It is run like any other, forward and backward, because its peers wait in the collectives
+    a `loss_scale` of 0.0. Run it like any other, forward and backward, because the other ranks wait in the collectives
     of both; it adds zeros, and does not count as trained.
     """
 
@@ -49,15 +49,15 @@ def split_evenly(num: int, parts: int) -> list[int]:
 
 
 def share_of(positions: range, *, rank: int, world_size: int, micro_batch_size: int) -> list[range]:
-    """The micro-batches of `rank`, as positions; an empty range is where it takes part without a sample.
+    """The micro-batches of `rank`, as positions; an empty range is one in which it has no sample but takes part.
 
-    Every rank gets as many, as the largest share needs: each micro-batch is a round of collectives, and a rank that
+    Every rank gets the number that the largest share needs: each micro-batch is a round of collectives, and a rank that
     skipped one would leave its peers waiting (or worse, meet them in the next one).
     """
     shares = split_evenly(len(positions), world_size)
     num_micro = -(-shares[0] // micro_batch_size)
     start, micros = positions.start + sum(shares[:rank]), []
-    # Evenly rather than full ones first: a share that is one sample smaller seldom needs padding then.
+    # Even micro-batches, not full ones first: then a share that is one sample smaller seldom needs padding.
     for size in split_evenly(shares[rank], num_micro):
         micros.append(range(start, start + size))
         start += size

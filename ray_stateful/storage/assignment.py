@@ -1,4 +1,4 @@
-"""Which rank writes which entry, and what of a plan need not be sent for that.
+"""Which rank writes which entry, and which parts of a plan need not be sent between ranks.
 
 Pure: no files, no collectives, no clock. The same plans give the same answer, on every rank.
 """
@@ -16,24 +16,25 @@ from ray_stateful.errors import UnsupportedState
 from ray_stateful.format.dtypes import ITEM_BYTES, dtype_name
 from ray_stateful.format.rows import KeyPath
 
-# Tensors that are no shards, such as an optimizer's step counters, are small up to this size. Whichever rank writes one
-# has little to write; and they lie together in its files, as one rank reads them for all.
+# Tensors that are not shards, such as an optimizer's step counters, count as small up to this size. It hardly matters
+# which rank writes one. In a rank's files they lie next to each other, as one rank reads them for all.
 SMALL_BYTES = 4 << 10
 
-# So many lie together at least: in the files of many ranks they would be as many requests.
+# Small tensors are dealt to ranks in runs of this many: spread over the files of many ranks, they would take one
+# request per file.
 _TOGETHER = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class ValueWriteData(BytesIOWriteData):
-    """What a plan says of a value: its size as JSON, and a checksum to compare with the other ranks'."""
+    """What a plan says about a value: its size as JSON, and a checksum to compare with the other ranks'."""
 
     xxh3: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ListingPlan(SavePlan):
-    """A plan with the lengths of the lists in which tensors are, by key: items have their positions, and no length."""
+    """A plan with the lengths, by key, of the lists that hold tensors: an item has its position in a list only."""
 
     lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -50,21 +51,21 @@ def lengths_of(paths: Iterable[KeyPath]) -> dict[str, int]:
 
 
 def assign(all_plans: Sequence[SavePlan]) -> list[SavePlan]:
-    """Leave each entry that several ranks hold with one of them: the one with the fewest bytes to write.
+    """Assign each entry that several ranks hold to one of them: the one with the fewest bytes to write.
 
     Raises:
-        UnsupportedState: an entry is not the same on all ranks that have it: as a value, or by shape or dtype.
+        UnsupportedState: an entry differs between the ranks that have it, in its value, shape or dtype.
     """
     _refuse_different_lengths(all_plans)
-    # By key alone: chunks that lie apart may be of tensors that are not one.
+    # By key, not by chunk: ranks with different chunks of a key may still disagree about the whole tensor.
     of_key: dict[str, tuple[int, WriteItem]] = {}
     first: dict[MetadataIndex, tuple[int, WriteItem]] = {}
-    # Of entries that several ranks have: of a model's shards mostly none, and there are many.
+    # Only entries that several ranks have: a model has many shards, and mostly one rank has each.
     holders: dict[MetadataIndex, list[int]] = {}
     for rank, plan in enumerate(all_plans):
         for item in plan.items:
             mine = (rank, item)
-            # In line, as there are millions.
+            # Inlined rather than a function: there are millions of items.
             known, data = of_key.setdefault(item.index.fqn, mine)[1].tensor_data, item.tensor_data
             if data is not known and (
                 data is None
@@ -79,9 +80,9 @@ def assign(all_plans: Sequence[SavePlan]) -> list[SavePlan]:
                 holders.setdefault(item.index, [earliest[0]]).append(rank)
     if not holders:
         return list(all_plans)
-    # What one rank alone can write comes first. Then largest first; ties are broken by name and offset, never by set
-    # order: a resumed run must lay its files out as the first one did, or two checkpoints of one state can't be
-    # compared.
+    # What one rank alone can write is counted first. The rest is assigned largest first; ties are broken by name and
+    # offset, never by set order: a resumed run must lay its files out as the first one did, or two checkpoints of one
+    # state can't be compared.
     loads = [sum(item_bytes(item) for item in plan.items if item.index not in holders) for plan in all_plans]
     writers: dict[MetadataIndex, int] = {}
     for index in sorted(holders, key=lambda i: (-item_bytes(first[i][1]), i.fqn, tuple(i.offset or ()))):
@@ -94,29 +95,29 @@ def assign(all_plans: Sequence[SavePlan]) -> list[SavePlan]:
 
 
 def deal(tensors: Iterable[str], values: Mapping[str, str], world_size: int) -> dict[str, int]:
-    """Which rank writes which of the entries that all ranks have: small tensors by key, and values with their JSON.
+    """The rank that writes each entry that all ranks have: small `tensors` by key, and `values` by key with their JSON.
 
-    Every rank computes the same, and nobody need be asked. Pure.
+    Pure: every rank computes the same answer without communication.
     """
-    # The last ranks: where a dim does not divide by the number of ranks, they have the least of it.
+    # From the last rank down: where a dim does not divide by the number of ranks, the last ranks have the least of it.
     writers = {key: world_size - 1 - at // _TOGETHER % world_size for at, key in enumerate(sorted(tensors))}
     largest_first = sorted(values, key=lambda key: (-len(values[key]), key))
     return writers | {key: at % world_size for at, key in enumerate(largest_first)}
 
 
 def leave(plan: SavePlan, writers: Mapping[str, int], rank: int) -> SavePlan:
-    """This rank's plan without the entries of which another one is the writer."""
+    """This rank's plan without the entries that a different rank writes."""
     mine = {key for key, writer in writers.items() if writer == rank}
     theirs = writers.keys() - mine
     items = [item for item in plan.items if item.index.fqn not in theirs]
-    # Whoever deals out what is not planned everywhere would lose it.
+    # An entry dealt to a rank that has not planned it would never be written.
     assert mine <= {item.index.fqn for item in items}
     paths = {key: path for key, path in (plan.planner_data or {}).items() if key not in theirs}
     return dataclasses.replace(plan, items=items, planner_data=paths)
 
 
 def left_out(plan: SavePlan, final: SavePlan) -> list[int]:
-    """The positions of a plan's items that are not in the final one: mostly none, where there are many items."""
+    """The positions of the items of `plan` that are not in `final`: where there are many items, mostly none."""
     kept = iter(final.items)
     following = next(kept, None)
     positions = []
@@ -125,13 +126,13 @@ def left_out(plan: SavePlan, final: SavePlan) -> list[int]:
             following = next(kept, None)
         else:
             positions.append(position)
-    # Of equal items that are others, none would be written.
+    # Items are matched by identity: equal copies in `final` would all count as left out, and never be written.
     assert following is None
     return positions
 
 
 def without(plan: SavePlan, positions: list[int]) -> SavePlan:
-    """The final plan, on the rank whose plan it is: the inverse of `left_out`."""
+    """The final plan, made again on the rank that has `plan`: the inverse of `left_out`."""
     others = set(positions)
     return dataclasses.replace(plan, items=[item for at, item in enumerate(plan.items) if at not in others])
 
@@ -156,7 +157,7 @@ def _refuse_different_lengths(plans: Sequence[SavePlan]) -> None:
         for key, length in plan.lengths.items() if isinstance(plan, ListingPlan) else ():
             earliest, expected = first.setdefault(key, (rank, length))
             if length != expected:
-                # One of them would come back with entries of the other.
+                # One rank's list would be restored with entries of the other's.
                 raise _of_no_rank(key, f"a list of {expected} on rank {earliest} and of {length} on rank {rank}")
 
 

@@ -1,8 +1,8 @@
 """What we ask of a storage: six calls, over paths of one filesystem.
 
 Paths are POSIX strings relative to the filesystem, without a scheme. Implementations are used from several threads at
-once, and every error they raise is an `OSError` (or a subclass): what of it may be tried again is decided in
-`ray_stateful.storage.retries`, never here.
+once, and every error they raise is an `OSError` (or a subclass): which of them are transient and tried again is decided
+in `ray_stateful.storage.retries`, never here.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing_extensions import Buffer, Self
 
 
 class Sink(Protocol):
-    """A file being written, front to back. As a context manager it is published by a clean exit alone."""
+    """A file being written, front to back. As a context manager, it is published only by an exit without an error."""
 
     def write(self, data: Buffer) -> None:
-        """Append `data`, whole. Blocks while the storage is behind: memory stays bounded."""
+        """Append all of `data`. Blocks while the storage is behind, so that memory stays bounded."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -26,7 +26,7 @@ class Sink(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Publish the file, durably; or, after an exception in the body, drop it as far as the storage can."""
+        """Publish the file durably; or, after an exception in the body, delete it as far as the storage can."""
         ...
 
 
@@ -34,7 +34,7 @@ class Storage(Protocol):
     """Where checkpoints live."""
 
     def open_sink(self, path: str) -> Sink:
-        """Start a new file at `path`, making its directory where the storage has directories."""
+        """Start a new file at `path`; makes its directory if the storage has directories."""
         ...
 
     def write(self, path: str, data: Buffer) -> None:
@@ -42,7 +42,7 @@ class Storage(Protocol):
         ...
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Read `length` bytes from `offset`, or all from there; fewer only where the file ends.
+        """Read `length` bytes from `offset`, or all bytes from there on; fewer only if the file ends before.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -57,10 +57,10 @@ class Storage(Protocol):
         """The names of the directories directly in `path`, sorted. Empty if there is no such directory.
 
         Raises:
-            NotADirectoryError: it is a file, where the storage can tell.
+            NotADirectoryError: `path` is a file, if the storage can tell.
         """
         ...
 
     def delete(self, path: str) -> None:
-        """Delete directory `path` and all in it. Succeeds if there is none."""
+        """Delete directory `path` and everything in it. Succeeds if there is no such directory."""
         ...

@@ -1,7 +1,7 @@
-"""The commit: proof that a checkpoint is complete, then the files that say so, the manifest last.
+"""The commit: proves that a checkpoint is complete, then writes the files that describe it, the manifest last.
 
-Made on one rank, from what all ranks said they wrote. Until the manifest is there a directory is not a checkpoint,
-and a reader does not look further; once it is there, every file it names is whole.
+One rank commits, from what all ranks reported that they wrote. Until the manifest is there, a directory is not a
+checkpoint, and a reader does not look further; once it is there, every file it names is whole.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from ray_stateful.storage.retries import is_transient
 
 logger = logging.getLogger(__name__)
 
-# Seconds that are spent on what a failed save has written. Until then the other ranks, which have nothing to delete,
-# wait at the next step.
+# The most seconds spent on deleting what a failed save has written. Meanwhile the other ranks, which have nothing to
+# delete, wait at the next step.
 _DISCARD_S = 30.0
 
 
@@ -53,24 +53,24 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """An item file as its writer saw it go by."""
+    """An item file as its writer counted and hashed it."""
 
     name: str
     file: StoredFile
 
 
 def file_result(written: WrittenFile) -> WriteResult:
-    """A file's size and checksum, in the one channel that DCP has from writers to the coordinator."""
+    """A file's size and checksum as a `WriteResult`: the only thing DCP passes from writers to the coordinator."""
     return WriteResult(index=MetadataIndex(written.name), size_in_bytes=written.file.size, storage_data=written)
 
 
 def tree_result(row: StoredChunk) -> WriteResult:
-    """A tree, in the same channel."""
+    """A tree as a `WriteResult`, for the same reason."""
     return WriteResult(index=MetadataIndex(row.key), size_in_bytes=0, storage_data=row)
 
 
 def collect(results: Sequence[Sequence[WriteResult]]) -> tuple[list[StoredChunk], dict[str, StoredFile]]:
-    """The index's rows and the files, from all ranks' results.
+    """The rows of the index, and the files by name, from all ranks' results.
 
     Raises:
         ValueError: two ranks have different trees at one path.
@@ -87,15 +87,16 @@ def collect(results: Sequence[Sequence[WriteResult]]) -> tuple[list[StoredChunk]
         elif trees.setdefault(written.key, written) != written:
             raise ValueError(f"{written.key}: one value on some ranks, and another on others")
     tensors = {row.path[:depth] for row in rows if row.dtype is not None for depth in range(1, len(row.path))}
-    # Where one rank has no tensors another may have some; a tree, which stands for all below it, would hide them.
+    # A tree stands for everything below its path. Where one rank has a tree, a different rank may have tensors below
+    # it, which the tree would hide.
     return [*rows, *(tree for tree in trees.values() if tree.path not in tensors)], files
 
 
 def prove(metadata: Metadata, rows: Sequence[StoredChunk]) -> None:
-    """Check that what was written is what was planned: every entry, every tensor covered exactly.
+    """Check that what was written is what was planned: every entry is there, and every tensor is covered exactly.
 
     Raises:
-        ValueError: names what is missing, unplanned, or covered twice or not at all.
+        ValueError: names the entries that are missing, unplanned, or covered twice or not at all.
     """
     written: dict[str, list[StoredChunk]] = defaultdict(list)
     for row in rows:
@@ -116,7 +117,7 @@ def prove(metadata: Metadata, rows: Sequence[StoredChunk]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """What a rank wrote in the places of its last save: the checksums, values and files that may differ, in order."""
+    """What may differ when a rank writes to the places of its last save: checksums, values and files, in row order."""
 
     checksums: list[bytes | memoryview]
     values: list[str | None]
@@ -124,14 +125,14 @@ class Repeated:
 
 
 def repeated(results: Sequence[WriteResult]) -> Repeated:
-    """What of a rank's results its places do not tell."""
+    """The part of a rank's results that `places_digest` leaves out, and the files."""
     rows = _rows(results)
     files = [result.storage_data for result in results if isinstance(result.storage_data, WrittenFile)]
     return Repeated([row.checksums for row in rows], [row.value for row in rows], files)
 
 
 def places_digest(results: Sequence[WriteResult]) -> int:
-    """63 bits of all that an index says of a rank's results but for checksums and values."""
+    """A 63-bit digest of all that an index says about a rank's results, except for checksums and values."""
     places = [
         (
             *(row.key, row.path, row.dtype, row.shape, row.box.offsets, row.box.sizes, row.file),
@@ -145,9 +146,9 @@ def places_digest(results: Sequence[WriteResult]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a commit came to, for one of the same rows in the same places: only checksums and values are new.
+    """The outcome of a commit, for the next with the same rows in the same places: only checksums and values change.
 
-    `sources` has the positions of each row of the index among all ranks' rows; a tree may be several ranks'.
+    `sources` has, for each row of the index, its positions among all ranks' rows; several if several ranks have a tree.
     """
 
     metadata: bytes
@@ -156,7 +157,7 @@ class Committed:
 
     @classmethod
     def of(cls, metadata: bytes, rows: Sequence[StoredChunk], results: Sequence[Sequence[WriteResult]]) -> Committed:
-        """Args: `rows` as they were committed, `results` those that they were collected from."""
+        """The outcome of committing `rows`, which were collected from all ranks' `results`."""
         positions: dict[tuple[str, bool, tuple[int, ...]], list[int]] = defaultdict(list)
         for at, row in enumerate(row for of_rank in results for row in _rows(of_rank)):
             positions[row.key, row.is_tree, row.box.offsets].append(at)
@@ -165,11 +166,11 @@ class Committed:
         return cls(metadata, index.columns_of(rows), sources)
 
     def again(self, everyone: Sequence[Repeated]) -> bytes:
-        """The index of a save that wrote to the same places.
+        """The bytes of the index of a save that wrote to the same places.
 
         Raises:
             ValueError: two ranks have different trees at one path.
-            UnsupportedState: the values are more than an index has room for.
+            UnsupportedState: the values are longer than an index has room for.
         """
         checksums = [one for of_rank in everyone for one in of_rank.checksums]
         values = [one for of_rank in everyone for one in of_rank.values]
@@ -199,8 +200,8 @@ def prepare(
 
     Raises:
         ValueError: an item that was planned is not among the results, or the written chunks leave a gap.
-        UnsupportedState: the values are more than an index has room for.
-        DamagedCheckpoint: a file that some rank wrote is not there, or of another size.
+        UnsupportedState: the values are longer than an index has room for.
+        DamagedCheckpoint: a file that some rank wrote is not there, or has a different size.
     """
     with collector.paused():
         rows, files = collect(results)
@@ -219,19 +220,19 @@ def prepare(
 def prepare_again(
     storage: Storage, path: str, committed: Committed, everyone: Sequence[Repeated], description: Description
 ) -> Manifest:
-    """The same for a save whose every rank wrote to the places of `committed`, which was proved.
+    """Like `prepare`, for a save in which every rank wrote to the places of `committed`.
 
-    What those places are is not proved twice: that they are the same is what the ranks' `places_digest`s say.
+    The places were proved complete then, and are not proved again: equal `places_digest`s show that they are the same.
 
     Raises:
         ValueError: two ranks have different trees at one path.
-        UnsupportedState: the values are more than an index has room for.
-        DamagedCheckpoint: a file that some rank wrote is not there, or of another size.
+        UnsupportedState: the values are longer than an index has room for.
+        DamagedCheckpoint: a file that some rank wrote is not there, or has a different size.
     """
     files = {written.name: written.file for of_rank in everyone for written in of_rank.files}
     contents = {layout.DCP_METADATA: committed.metadata, layout.INDEX: committed.again(everyone)}
     manifest = _manifest(files, contents, description)
-    # All else that a reader refuses is about places.
+    # Everything else that a reader refuses concerns the places, which the earlier `prepare` checked.
     opening.check_index_size(path, len(contents[layout.INDEX]))
     _write(storage, path, contents, manifest)
     return manifest
@@ -244,15 +245,15 @@ def write_manifest(storage: Storage, path: str, manifest: Manifest) -> None:
     except StorageError as error:
         if not is_transient(error.__cause__):
             raise
-        # A call that was given up may still end well, and a reply be lost on its way back.
+        # A call that was given up may still succeed, and the reply to a call that succeeded may be lost.
         late = "; if it comes to be there all the same, the checkpoint is whole and committed, and a restore finds it"
         raise StorageError(error.operation, error.path, error.cause + late) from error
 
 
 def discard(storage: Storage, path: str, timeout_s: float) -> None:
-    """Delete what a failed save has written, as far as that can be done in time: 30 s at most.
+    """Delete what a failed save has written, as far as that can be done within `timeout_s`, and 30 s at most.
 
-    Left there, what a full disk had room for would keep it full: the next save would fail for this one.
+    Left there, it would keep a full disk full, and the next save would fail because of this one.
     """
 
     def delete() -> None:
@@ -267,7 +268,7 @@ def discard(storage: Storage, path: str, timeout_s: float) -> None:
 
 
 def _refuse_large(values: Iterable[tuple[str, str | None]], room: int) -> None:
-    """Refuse values, each with its key, that are longer together than there is room for."""
+    """Refuse `values`, pairs of key and text, that are longer together than `room`."""
     lengths = [(len(text), key) for key, text in values if text is not None]
     total = sum(length for length, _ in lengths)
     if total > room:
@@ -280,7 +281,7 @@ def _refuse_large(values: Iterable[tuple[str, str | None]], room: int) -> None:
 
 
 def _check_readable(path: str, manifest: Manifest, index_bytes: bytes) -> None:
-    # What no reader would take is not committed: the first to find out must not be the restore that needs it.
+    # A checkpoint that readers would refuse is not committed: otherwise the restore that needs it would find out first.
     opening.check_index_size(path, len(index_bytes))
     sizes = manifest.sizes
     opening.parse(opening.RawCheckpoint(path=path, sizes=sizes, manifest=manifest.to_json(), index=index_bytes))
@@ -302,7 +303,7 @@ def _manifest(files: Mapping[str, StoredFile], contents: Mapping[str, bytes], de
 
 
 def _write(storage: Storage, path: str, contents: Mapping[str, bytes], manifest: Manifest) -> None:
-    # Side by side: to an object store each is a round trip.
+    # In parallel: on an object store, each write is a round trip.
     with ThreadPoolExecutor(max_workers=len(contents), thread_name_prefix="checkpoint-commit") as pool:
         jobs = [pool.submit(storage.write, posixpath.join(path, name), data) for name, data in contents.items()]
     for job in jobs:
@@ -311,7 +312,7 @@ def _write(storage: Storage, path: str, contents: Mapping[str, bytes], manifest:
 
 
 def _check_there(path: str, files: Mapping[str, StoredFile], sizes: Mapping[str, int]) -> None:
-    """Each rank saw its own files written; on a disk of its own, they are where no other node will look for them."""
+    """Refuse files that rank 0 can't see: each rank saw its own written, maybe to a disk that no other node sees."""
     for name, file in files.items():
         if sizes.get(name) != file.size:
             found = (

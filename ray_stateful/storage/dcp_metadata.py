@@ -1,7 +1,7 @@
 """DCP's own `.metadata`: written for stock tools, read from foreign checkpoints through an allow-list.
 
 The file is a pickle, and `pickle.load` runs whatever a pickle says. Ours is written here and never read back; a
-foreign one is read by an unpickler that knows the dozen types DCP puts there, and calls nothing else.
+foreign one is read by an unpickler that knows the dozen types DCP puts into it, and calls nothing else.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ray_stateful.storage.strict_pickle import StrictUnpickler
 
 StorageInfo = _StorageInfo
 
-# In characters: no file system has longer paths.
+# Characters: no file system has longer paths.
 MAX_FILE_NAME = 4096
 
 
 def to_bytes(metadata: Metadata, rows: list[StoredChunk]) -> bytes:
     """The `.metadata` that makes stock `dcp.load` find the items of `rows`."""
     stored = {index_of(row): StorageInfo(row.file, row.item_offset, row.item_length) for row in rows if not row.is_tree}
-    # As DCP writes them, every dict key a string: a type of ours would need this package to be unpickled.
+    # Every dict key as a string, as DCP writes it: unpickling a type of ours would need this package.
     paths = {
         key: tuple(str(int(step)) if isinstance(step, IntKey) else step for step in path)
         for key, path in (metadata.planner_data or {}).items()
@@ -40,7 +40,7 @@ def to_bytes(metadata: Metadata, rows: list[StoredChunk]) -> bytes:
 
 
 def for_planners(chunks: Mapping[str, Sequence[StoredChunk]]) -> Metadata:
-    """What DCP's planners are given for entries, by key, whose stored chunks (maybe of another key) are `chunks`."""
+    """Metadata for DCP's planners: one entry per key of `chunks`, with its stored chunks (their own key may differ)."""
     entries = {
         key: dcp.BytesStorageMetadata()
         if of_key[0].dtype is None
@@ -70,7 +70,7 @@ def from_bytes(data: bytes, where: str) -> Metadata:
     unpickler = StrictUnpickler(data, values=_VALUES, functions=_FUNCTIONS, classes=_CLASSES, is_key=_is_key)
     try:
         metadata = unpickler.load()
-    # A damaged or hostile pickle fails in any way: with a missing attribute, a wrong type, no memory for a length.
+    # A damaged or hostile pickle can fail in any way: a missing attribute, a wrong type, no memory for a length.
     except Exception as error:
         raise HostileCheckpoint(where, f"the metadata can't be read: {type(error).__name__}: {error}") from error
     entries = getattr(metadata, "state_dict_metadata", None)
@@ -80,7 +80,7 @@ def from_bytes(data: bytes, where: str) -> Metadata:
 
 
 def is_index(key: Any) -> bool:
-    """Whether `key` is a name of a stored chunk that can be hashed without surprises."""
+    """Whether `key` is a `MetadataIndex` whose fields have the types that DCP gives them, so it is safe to hash."""
     return (
         type(key) is MetadataIndex
         and type(getattr(key, "fqn", None)) is str
@@ -93,19 +93,19 @@ def _is_key(key: Any) -> bool:
 
 
 def _strided(name: str) -> torch.layout:
-    # The layout is deprecated there; the items themselves say what they are.
+    # DCP's metadata deprecates the layout; the items themselves say which one they have.
     return torch.strided
 
 
 def _joined(*parts: str) -> str:
-    # Of two paths that were joined of two paths ..., forty times over, there would be a terabyte.
+    # A path joined from two paths, each joined from two paths, and so on forty times, would take a terabyte.
     if any(type(part) is not str for part in parts) or sum(map(len, parts)) > MAX_FILE_NAME:
         raise ValueError("a path of a file is no short text")
     return "/".join(parts)
 
 
 def _size(sizes: Any = ()) -> torch.Size:
-    # A long one could be made again and again of one tuple.
+    # A pickle could make a long size again and again from one tuple.
     if type(sizes) not in (tuple, list) or len(sizes) > MAX_DIMS:
         raise ValueError("a size has more dims than any tensor")
     return torch.Size(sizes)

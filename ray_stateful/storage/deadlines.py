@@ -1,8 +1,8 @@
-"""Calls that end: a call into a storage, with a deadline, whatever the storage does.
+"""Calls into a storage that end by a deadline, whatever the storage does.
 
 A client library may wait for a server for ever, and a network disk does. The call is made by a thread of ours; at the
-deadline the caller goes on with a `TimeoutError`, and the thread is left to its fate: it ends when the call returns,
-if it ever does, and being a daemon it does not keep the process.
+deadline the caller goes on with a `TimeoutError`, and the thread is abandoned: it ends when the call returns, if it
+ever does, and as a daemon thread it does not keep the process alive.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def call(function: Callable[[], T], timeout_s: float, what: str) -> T:
 
 
 class Line:
-    """Calls that are never made at the same time, not even when one of them is given up: all by one thread.
+    """Calls made one after another by one thread, even when one of them is given up.
 
-    A stream of a client library is for one thread at a time. To close one while a write to it hangs would corrupt it.
+    A client library's stream is for one thread at a time. Closing it while a write to it hangs would corrupt it.
     """
 
     def __init__(self) -> None:
@@ -46,28 +46,28 @@ class Line:
             try:
                 raise job.error
             finally:
-                # The error's traceback holds this frame, and through it what the call was given: megabytes, at times.
+                # The error's traceback keeps this frame alive, and with it the call's arguments: megabytes, at times.
                 del job, function
         result: T = job.result
         return result
 
     def post(self, function: Callable[[], object]) -> Call:
-        """Have `function` called, after the calls before it, whenever that is."""
+        """Queue `function`, to be called once the calls before it have ended; does not wait."""
         job = Call(function)
         self._worker.jobs.put(job)
         return job
 
     def end(self) -> None:
-        """No call follows."""
+        """Give the worker thread back: no call follows."""
         if self.stuck:
-            # Not kept for other calls, which would wait for this one.
+            # Not kept for other calls, which would wait for the hanging one.
             self._worker.jobs.put(None)
         else:
             _idle.append(self._worker)
 
 
 class Call:
-    """A call that was asked for. `given_up`: nobody waits for it any more."""
+    """A call that was queued. `given_up`: nobody waits for it any more."""
 
     __slots__ = ("done", "error", "function", "given_up", "result")
 
@@ -86,7 +86,7 @@ class _Worker:
 
 
 def this_call() -> Call | None:
-    """The call that this thread was asked to make; `None` if it is no thread of ours."""
+    """The call that this thread is making; `None` if it is not a worker thread of this module."""
     return getattr(_of_thread, "call", None)
 
 
@@ -103,7 +103,7 @@ def _work(jobs: SimpleQueue[Call | None]) -> None:
 
 _of_thread = threading.local()
 
-# Workers without a job: as many as calls were ever made at once. Appending and popping are atomic.
+# Workers without a job, kept: as many as the most calls that were ever made at once. Appending and popping are atomic.
 _idle: list[_Worker] = []
-# A forked child has the list and none of the threads.
+# A forked child inherits the list, but none of the threads.
 os.register_at_fork(after_in_child=_idle.clear)

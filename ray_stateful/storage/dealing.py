@@ -1,8 +1,8 @@
-"""Which rank reads which bytes, where several want small pieces of the same chunks. Pure; no torch.
+"""Which rank reads which bytes, where several ranks want small pieces of the same chunks. Pure; no torch.
 
-The item files are laid end to end, in the order of the ranks that wrote them, and each rank reads a run of that, with
-as much as the others of what is restored. So nobody has to be told who wants what; and as shards lie in the order of
-ranks, then as now, most of a run is what its reader wants itself.
+The item files are laid end to end, in the order of the ranks that wrote them. Each rank reads one run of these bytes;
+the runs have equally many of the bytes that are restored. So every rank knows who reads what without being told; and as
+shards are in rank order both when saved and when restored, most of a run is what its reader wants itself.
 """
 
 from __future__ import annotations
@@ -20,24 +20,30 @@ from ray_stateful.format.manifest import Manifest
 from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage.ranges import Piece, ReadLimits, joined, pieces_of
 
-# Fewer bytes than this for each request that it saves are sooner read along with much else, and sent, than asked for.
+# Up to this many wanted bytes per request saved, reading them in a larger request and sending them on is faster than
+# requesting them separately.
 _WORTH_A_REQUEST = 256 << 10
 
-# A run of bytes that has a request of its own in any case.
+# A run of at least this many bytes has a request of its own in any case.
 _LARGE_BYTES = 1 << 20
 
-# What one request asks for at most, so that several of a large window are made at the same time.
+# The most that one request asks for, so that a large window is read in several requests at the same time.
 _FETCH_BYTES = 4 << 20
 
-# What a rank is sent at a time by all the readers it has; and what one of them sends at the least, to all ranks.
+# The most that all its readers together send a rank at a time; and the least size of one reader's window, which goes to
+# all ranks.
 _WINDOW_BYTES = 64 << 20
 _LEAST_WINDOW_BYTES = 2 << 20
 
 
 def weigh(wanted: Iterable[tuple[StoredChunk, Box]]) -> tuple[int, int]:
-    """How many requests passing on may save, and how many bytes are wanted: of boxes of chunks, offsets within each.
+    """How many requests passing on may save, and how many bytes are wanted.
 
-    Of a box that is but a part of its chunk, each run of bytes is one: somebody else may want what is between them.
+    If a box is only a part of its chunk, each of its runs of bytes counts as a request: a different rank may want what
+    lies between them.
+
+    Args:
+        wanted: Chunks, each with the box wanted of it; offsets within the chunk.
     """
     num_runs = num_bytes = 0
     for chunk, box in wanted:
@@ -48,24 +54,24 @@ def weigh(wanted: Iterable[tuple[StoredChunk, Box]]) -> tuple[int, int]:
 
 
 def pays(manifest: Manifest | None, weights: Sequence[Sequence[int]]) -> bool:
-    """Whether to pass on, from what `weigh` says of every rank.
+    """Whether to pass on, given what `weigh` returned on every rank.
 
-    Not of a foreign checkpoint, which has no manifest: its files are not known to all ranks.
+    Never for a foreign checkpoint, which has no manifest: its files are not known to all ranks.
     """
     num_runs, num_bytes = map(sum, zip(*weights, strict=True))
     return manifest is not None and len(weights) > 1 and num_runs > 0 and num_bytes <= num_runs * _WORTH_A_REQUEST
 
 
 def is_small(chunk: StoredChunk, box: Box) -> bool:
-    """Whether `box` of `chunk`, offsets within it, is passed on rather than asked for by whoever wants it."""
+    """Whether `box` of `chunk` (offsets within it) is passed on, rather than read by each rank that wants it."""
     return run_of(box, chunk.box.sizes) * ITEM_BYTES[chunk.dtype or ""] < _LARGE_BYTES
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
-    """What a rank wants of a reader: whole blocks of a chunk, from position `begin` to before `stop`.
+    """What a rank wants from a reader: whole blocks of a chunk, from position `begin` up to, not including, `stop`.
 
-    `part` is the number of the state's part that wants it, in the order of their names.
+    `part` is the number of the part of the state that wants them, in the order of the parts' names.
     """
 
     begin: int
@@ -78,9 +84,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Deal:
-    """The item files end to end. A position counts bytes from the beginning of the first.
+    """The item files laid end to end. A position counts bytes from the beginning of the first file.
 
-    `starts` has the position of each file's first byte, and `runs` where the run of each rank but the first begins.
+    `starts` has the position of each file's first byte, `start_of` the same by name, and `runs` the position where the
+    run of each rank but the first begins.
     """
 
     files: tuple[str, ...]
@@ -90,11 +97,11 @@ class Deal:
 
     @classmethod
     def of(cls, sizes: Mapping[str, int], restored: Iterable[StoredChunk], world_size: int) -> Deal:
-        """Deal files of `sizes` bytes out to `world_size` ranks; what is no item file is left out.
+        """Deal files of `sizes` bytes out to `world_size` ranks; ignores all but item files.
 
         Args:
-            restored: Chunks that somebody wants; within a file, all that is between the first and the last of them is
-                taken to be wanted.
+            restored: Chunks that some rank wants; within a file, everything between the first and the last of them
+                counts as wanted.
         """
         files = tuple(sorted(filter(layout.is_item_file, sizes), key=layout.writer_of))
         starts = tuple(accumulate((sizes[file] for file in files[:-1]), initial=0)) if files else ()
@@ -115,21 +122,24 @@ class Deal:
 
     def place(self, span: Span) -> tuple[str, int, int]:
         """The file of a span, and its first and past-the-last byte there."""
-        # Of files that begin at one position all but the last are empty.
+        # If several files begin at the same position, all but the last are empty.
         number = bisect_right(self.starts, span.begin) - 1
         first = span.begin - self.starts[number]
         return self.files[number], first, first + len(span)
 
     def cut(self, chunk: StoredChunk, box: Box, target: int, part: int, limits: ReadLimits) -> list[tuple[Span, Piece]]:
-        """The pieces of `box` of `chunk`, each with the span that it lies in."""
+        """The pieces of `box` of `chunk` (offsets within it), each with the span that it lies in."""
         start = self.start_of[chunk.file]
-        # Cut small, as what lies together is joined by its reader.
+        # Cut small: the reader joins pieces that lie together.
         limits = replace(limits, max_fetch_bytes=min(limits.max_fetch_bytes, _LARGE_BYTES))
         pieces = [(piece.file_span, piece) for piece in pieces_of(chunk, box, target, limits)]
         return [(Span(start + first, start + stop, part), piece) for (first, stop), piece in pieces]
 
     def requests(self, spans: Iterable[Span], limits: ReadLimits) -> dict[int, list[tuple[str, int, int, list[Span]]]]:
-        """What sorted `spans` are read in, as of `joined`: each part by itself, so that it is known what it took."""
+        """The requests that read sorted `spans`, by part, as `joined` gives them.
+
+        Each part has requests of its own, so that what it read can be reported.
+        """
         limits = replace(limits, max_fetch_bytes=min(limits.max_fetch_bytes, _FETCH_BYTES))
         of_part: dict[int, list[Span]] = defaultdict(list)
         for span in spans:
@@ -138,29 +148,30 @@ class Deal:
 
 
 def window_bytes(num_readers: int, limits: ReadLimits) -> int:
-    """What a reader sends at a time, where a rank has `num_readers` at most; no more than it reads at a time anyway."""
+    """What a reader sends at a time, if no rank has more than `num_readers`; at most what it reads at a time anyway."""
     most = max(_LEAST_WINDOW_BYTES, _WINDOW_BYTES // max(1, num_readers))
     return min(most, limits.max_fetch_bytes * limits.num_threads)
 
 
 def window(spans: Sequence[Span], begin: int, max_bytes: int, limits: ReadLimits) -> int:
-    """How far a reader gets with `max_bytes`: the position before which what begins is read now.
+    """The end of a reader's next window: the spans that begin before this position are read now.
 
     Args:
-        spans: All that is wanted, sorted, each as often as it is; they may overlap.
-        begin: Where the window before this one ended.
-        max_bytes: Of spans, and of what is read along between them.
+        spans: All wanted spans, sorted, each once for every rank that wants it; they may overlap.
+        begin: Where the previous window ended.
+        max_bytes: The most bytes of a window: its spans, and the gaps between them that are read along.
 
     Returns:
-        `begin` if nothing is left. In a window is at least what begins at one place, whatever its size.
+        The position; `begin` if nothing is left. A window has at least all spans that begin at its first position,
+        whatever their size.
     """
     total, last = 0, begin
     covered: dict[int, int] = {}
     rest = (spans[number] for number in range(bisect_left(spans, begin, key=_begin), len(spans)))
-    # What begins at one place is not told apart by where it begins.
+    # The window's end is a position: it can't separate spans that begin at the same one.
     for first, group in groupby(rest, key=_begin):
         here = list(group)
-        # Each part is read by itself, and reads what is another's along as well.
+        # Each part has requests of its own, which also read gaps that are a different part's bytes.
         gaps = [first - covered.get(part, first) for part in {span.part for span in here}]
         num_bytes = sum(map(len, here)) + sum(gap for gap in gaps if 0 < gap <= limits.max_gap_bytes)
         if total and total + num_bytes > max_bytes:
@@ -171,7 +182,7 @@ def window(spans: Sequence[Span], begin: int, max_bytes: int, limits: ReadLimits
 
 
 def between(spans: Sequence[Span], begin: int, end: int) -> Sequence[Span]:
-    """Those of sorted `spans` that begin at `begin` or after it, and before `end`."""
+    """The spans of sorted `spans` that begin at or after `begin`, and before `end`."""
     return spans[bisect_left(spans, begin, key=_begin) : bisect_left(spans, end, key=_begin)]
 
 
@@ -180,7 +191,7 @@ def _begin(span: Span) -> int:
 
 
 def _equal_runs(wanted: Sequence[tuple[int, int]], num_runs: int) -> Iterator[int]:
-    """Where runs begin, but for the first, that have equally many of the `wanted` positions, which are sorted."""
+    """Where each run but the first begins, if each is to have equally many positions of the sorted `wanted` ranges."""
     before = list(accumulate((stop - first for first, stop in wanted), initial=0))
     for number in range(1, num_runs):
         share = before[-1] * number // num_runs

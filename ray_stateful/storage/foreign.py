@@ -1,8 +1,8 @@
 """Checkpoints that stock `dcp.save` wrote: no manifest, no checksums, values as pickles.
 
-Their items are zip archives of `torch.save`. Of a plain tensor, ranges are read from where its first bytes say that
-they are. Whatever else an item holds is read whole and opened with `weights_only=True`, which builds tensors and plain
-containers and runs nothing.
+Their items are zip archives of `torch.save`. If an item holds a plain tensor, its first bytes say where the tensor's
+bytes begin, and only the wanted ranges are read. Any other item is read whole and opened with `weights_only=True`,
+which builds tensors and plain containers and runs nothing.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from ray_stateful.storage.pickle_folds import MAX_DEPTH, MAX_UNFOLDED, folding_p
 from ray_stateful.storage.ranges import ReadLimits, joined
 from ray_stateful.storage.reading import ReadStatistics, Request, in_threads, read_exactly
 
-# What torch.save adds to the bytes of one tensor is some 2 KiB; a view is saved with its whole storage by some.
+# torch.save adds some 2 KiB to the bytes of one tensor; some writers save a view with its whole storage.
 MAX_ENVELOPE_BYTES = 1 << 20
 MAX_VALUE_BYTES = 1 << 30
-# Of texts and containers that a value has more than once.
+# Characters and bytes of the texts that a value has more than once.
 MAX_SHARED_BYTES = 64 << 20
 
-# As a rule an item is a chunk; replicas that an old writer did not leave out are chunks and one item.
+# As a rule an item is one chunk; an old writer that did not leave replicas out has several chunks for one item.
 _FREE_CHUNKS, _CHUNKS_OF_A_ROW = 1 << 18, 16
 
 _OF_ANY_SIZE = (torch.Tensor, dict, list, tuple, set, frozenset, str, bytes, bytearray)
@@ -55,7 +55,7 @@ _MEMBER = re.compile(
 
 
 def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[StoredChunk]:
-    """The rows that an index of a foreign checkpoint would have, without checksums, each checked.
+    """The rows that an index of a foreign checkpoint would have, each checked; they have no checksums.
 
     Raises:
         DamagedCheckpoint: a file is missing, or cut short.
@@ -72,16 +72,16 @@ def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[Store
         try:
             if not is_index(item) or type(info) is not StorageInfo:
                 raise TypeError("it is not the place of a chunk")
-            # Once for each entry and not for each chunk of it: that would take time that grows with their square.
+            # Once for each entry, not for each of its chunks: the time would grow with the square of their number.
             if item.fqn not in entries:
                 described = metadata.state_dict_metadata[item.fqn]
-                # One list may stand for the chunks of each.
+                # Counted, as the pickle may use one list as the chunks of every entry.
                 num_chunks += len(getattr(described, "chunks", ()))
                 if num_chunks > most_chunks:
                     raise ValueError(f"more than {most_chunks:,} chunks for {len(stored):,} items")
                 entries[item.fqn] = _entry(item.fqn, described, paths.get(item.fqn))
             found.append(_row(entries[item.fqn], item, info))
-        # The types are DCP's; what is in their fields is anybody's.
+        # The types are DCP's, but their fields may hold anything.
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise HostileCheckpoint(where, f"an entry can't be read: {type(error).__name__}: {error}") from error
         _refuse_incomplete(found[-1], posixpath.dirname(where), sizes)
@@ -90,7 +90,7 @@ def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[Store
             raise HostileCheckpoint(where, f"{found[-1].key!r}: {problem}")
     values, room = sum(row.item_length for row in found if row.dtype is None), MAX_REPEATED_BYTES + sum(sizes.values())
     if values > room:
-        # Each is read by itself, however often the same item stands for one.
+        # Each value is read by itself, even if many of them point to the same item.
         raise HostileCheckpoint(where, f"has values of {values:,} bytes in files of {room - MAX_REPEATED_BYTES:,}")
     missing = metadata.state_dict_metadata.keys() - {row.key for row in found}
     if missing:
@@ -101,9 +101,10 @@ def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[Store
 def locate(
     storage: Storage, path: str, chunks: Iterable[StoredChunk], limits: ReadLimits
 ) -> tuple[dict[StoredChunk, StoredChunk], ReadStatistics]:
-    """The chunks of which a range can be read, each with its place; and what it took to find them.
+    """The chunks of which single ranges can be read, each with the place of its bytes; and what finding them cost.
 
-    The first bytes of an item say where those of its tensor begin. Heads that lie close together are read together.
+    An item's head, its first bytes, says where its tensor's bytes begin. Heads that lie close together are read
+    together.
 
     Raises:
         DamagedCheckpoint: an item is cut short.
@@ -128,17 +129,17 @@ def _placed(chunk: StoredChunk, head: bytes) -> StoredChunk | None:
     position = data_position(head, chunk.dtype or "", chunk.box.sizes)
     if position is None or position + chunk.num_bytes > chunk.item_length:
         return None
-    # Nothing is checked, so a block is one element: of a range nothing else need be read.
+    # There are no checksums, so a block is one element: a read need not be widened beyond its range.
     item_bytes = ITEM_BYTES[chunk.dtype or ""]
     return replace(chunk, data_offset=chunk.item_offset + position, block_bytes=item_bytes)
 
 
 def read(storage: Storage, path: str, requests: Sequence[Request]) -> ReadStatistics:
-    """Fill tensors from foreign items, each read whole: those that hold more than a plain tensor.
+    """Fill tensors from foreign items that hold more than a plain tensor; each item is read whole.
 
     Raises:
         DamagedCheckpoint: an item is cut short.
-        HostileCheckpoint: an item is not the tensor the metadata says.
+        HostileCheckpoint: an item is not the tensor that the metadata describes.
     """
     statistics = ReadStatistics()
     for request in requests:
@@ -156,7 +157,7 @@ def load_item(storage: Storage, path: str, chunk: StoredChunk) -> Any:
 
     Raises:
         DamagedCheckpoint: it is cut short.
-        HostileCheckpoint: it is not what torch.save makes, or not the tensor the metadata says.
+        HostileCheckpoint: it is not what torch.save makes, or not the tensor that the metadata describes.
     """
     data = read_exactly(storage, path, chunk.file, chunk.item_offset, chunk.item_offset + chunk.item_length)
     where = posixpath.join(path, chunk.file)
@@ -165,9 +166,9 @@ def load_item(storage: Storage, path: str, chunk: StoredChunk) -> Any:
         raise HostileCheckpoint(where, f"{chunk.key!r} is not what torch.save makes: {problem}")
     try:
         item = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    # torch.load wraps whatever its unpickler met in these; the cause is chained.
+    # torch.load wraps whatever its unpickler met; the cause is chained.
     except Exception as error:
-        # Of its message only what it met: the rest recommends to load the file with `weights_only=False`.
+        # Only the line that says what it met: the rest of the message recommends loading with `weights_only=False`.
         lines = [line.strip() for line in str(error).splitlines() if "WeightsUnpickler" in line]
         met = lines[0] if lines else type(error).__name__
         raise HostileCheckpoint(where, f"{chunk.key!r} can't be opened without running its code: {met}") from error
@@ -180,10 +181,10 @@ def load_item(storage: Storage, path: str, chunk: StoredChunk) -> Any:
 
 
 def _value_problem(value: Any, num_bytes: int) -> str | None:
-    """Why a value that was read from `num_bytes` is not to be walked through, copied, printed or written.
+    """Why a value read from `num_bytes` bytes must not be walked, copied, printed or written; `None` if it may be.
 
-    A list of two lists of two lists is small, as is a tensor whose one element stands for a billion; what is made of
-    them is not.
+    A list that holds one list twice, which again holds one list twice, and so on, is small, and so is a tensor whose
+    one element stands for a billion; a copy of either is not.
     """
     objects, texts = MAX_UNFOLDED + num_bytes, MAX_SHARED_BYTES + 8 * num_bytes
     elements = MAX_ENVELOPE_BYTES + 2 * num_bytes
@@ -213,7 +214,7 @@ def _value_problem(value: Any, num_bytes: int) -> str | None:
 
 
 def _is_plain(tensor: Any, chunk: StoredChunk) -> bool:
-    """Whether `tensor` is the chunk: its elements there and dense, and of its dtype, or copying would cast silently."""
+    """Whether `tensor` is the chunk: dense, on the CPU, and of its shape and dtype, as copying would cast silently."""
     return (
         type(tensor) is torch.Tensor
         and tensor.device.type == "cpu"
@@ -224,7 +225,10 @@ def _is_plain(tensor: Any, chunk: StoredChunk) -> bool:
 
 
 def _archive_problem(data: bytes) -> str | None:
-    """What of a zip archive torch.save never does: a pickle that only one of two readers finds, or is made to swell."""
+    """How a zip archive differs from those of torch.save: readers may find different pickles in it, or one may swell.
+
+    `None` if it does not.
+    """
     try:
         problem = _directory_problem(data)
         if problem is not None:
@@ -235,14 +239,14 @@ def _archive_problem(data: bytes) -> str | None:
             if problem is not None:
                 return problem
             pickles = [archive.read(member) for member in members if member.orig_filename.endswith("/data.pkl")]
-    # A damaged or hostile archive fails in any way: with a password that is asked for, or a place before the file.
+    # A damaged or hostile archive can fail in any way: it asks for a password, or has an offset before the file.
     except Exception as error:  # noqa: BLE001 - whatever it is, it is a reason
         return f"{type(error).__name__}: {error}"
     return next(filter(None, map(folding_problem, pickles)), None)
 
 
 def _directory_problem(data: bytes) -> str | None:
-    """Whether the archive's directory is anywhere but at its end: there each reader finds it, and the same one."""
+    """What is wrong if the archive's directory is not at its end, where every reader finds the same one."""
     end = len(data) - _END_BYTES
     if end < 0 or data.rfind(_END_OF_DIRECTORY) != end:
         return "it does not end with its directory"
@@ -258,10 +262,10 @@ def _directory_problem(data: bytes) -> str | None:
 
 
 def _names_problem(members: list[zipfile.ZipInfo]) -> str | None:
-    """Whether the members are others than torch.save makes.
+    """What is wrong if the members' names are not those that torch.save gives.
 
-    torch's reader ignores case, and takes the first of two with one name; zipfile minds it, and takes the last. zipfile
-    also ends a name at a NUL byte, but for the name as it stands.
+    torch's reader ignores case, and takes the first of two members with the same name; zipfile distinguishes case, and
+    takes the last. zipfile also ends `filename` at a NUL byte; `orig_filename` is the name as stored.
     """
     names = [member.orig_filename for member in members]
     strange = next((name for name in names if _MEMBER.fullmatch(name) is None), None)
@@ -284,7 +288,7 @@ def _members_problem(members: list[zipfile.ZipInfo], num_bytes: int) -> str | No
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
-    """What the metadata says of all chunks of a key. `boxes` are in order."""
+    """What the metadata says about all chunks of a key. `boxes` are sorted by offsets."""
 
     path: KeyPath
     dtype: str | None = None
@@ -292,7 +296,7 @@ class _Entry:
     boxes: Sequence[Box] = ()
 
     def box_at(self, offsets: tuple[int, ...]) -> Box:
-        """By no dict: places that have one hash are easily made."""
+        """The box at `offsets`. Not looked up in a dict: offsets with equal hashes are easily made."""
         at = bisect_right(self.boxes, offsets, key=lambda box: box.offsets)
         if at == 0 or self.boxes[at - 1].offsets != offsets:
             raise LookupError("a chunk that the entry does not have")
@@ -341,7 +345,7 @@ def _is_place(offsets: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 
 def _ints(numbers: Any) -> tuple[int, ...]:
-    """A shape or a place in one, looked at before it is hashed, compared or printed."""
+    """A shape, or the offsets of a chunk in one; checked before anything hashes, compares or prints it."""
     if type(numbers) not in (torch.Size, list, tuple) or len(numbers) > MAX_DIMS:
         raise TypeError(f"a {type(numbers).__name__} is no short list of numbers")
     if any(type(number) is not int for number in numbers):
@@ -350,10 +354,10 @@ def _ints(numbers: Any) -> tuple[int, ...]:
 
 
 def _path(key: str, path: Any) -> KeyPath:
-    """The path DCP's planner left; the key itself where there is none, or where it does not spell the key."""
+    """The path that DCP's planner stored; the key itself if there is none, or if it does not spell the key."""
     steps = path if isinstance(path, tuple | list) else ()
-    # A path takes memory that grows with the square of its length, and stack. It is looked at before it is copied: one
-    # may stand for each entry.
+    # A path takes memory that grows with the square of its length, and stack depth. It is checked before it is copied:
+    # the pickle may use one path for every entry.
     if len(steps) > MAX_PATH_LENGTH or any(type(s) is int and not 0 <= s < MAX_POSITION for s in steps):
         raise ValueError(f"the path of {key[:80]!r} has {len(steps)} steps, or a position out of bounds")
     if not steps or any(type(step) not in (str, int) for step in steps):
@@ -364,7 +368,7 @@ def _path(key: str, path: Any) -> KeyPath:
 
 
 def _refuse_incomplete(row: StoredChunk, path: str, sizes: Mapping[str, int]) -> None:
-    """Refuse a file that DCP would have written and that is not there, or not whole: nobody's ill will, as a rule."""
+    """Refuse a missing or truncated item file as damaged, not as hostile: as a rule, nobody meant harm."""
     if type(row.file) is not str or not is_item_file(row.file):
         return
     if row.file not in sizes:

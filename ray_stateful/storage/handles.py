@@ -1,7 +1,7 @@
-"""Open files, kept: one per path, however many threads read it, and not too many.
+"""Keeps files open: one per path, however many threads read it, and a limited number in all.
 
-Opening a file of an object store asks for its size; a restore that opened it for every range would pay for twice the
-requests.
+Opening a file on an object store requests its size; a restore that opened the file for every range would make twice as
+many requests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Opening:
 
 
 class Handles:
-    """Files by path. A handle that is no longer kept stays open as long as somebody reads it."""
+    """Open files by path. A file that is no longer kept here stays open as long as somebody reads it."""
 
     def __init__(self, open_file: Callable[[str], Any], max_handles: int = MAX_HANDLES) -> None:
         self._open_file = open_file
@@ -43,11 +43,11 @@ class Handles:
     def get(self, path: str, *, fresh: bool = False) -> tuple[Any, bool]:
         """The open file at `path`, and whether it was opened by this call.
 
-        Threads that ask at the same time wait for one of them to open it; unless that hangs and was given up, when
-        trying again is to open it again.
+        Threads that ask at the same time wait for one of them to open it; but if that one hangs and its call was given
+        up, the next to ask opens the file again.
 
         Args:
-            fresh: Open it anew, and keep that one.
+            fresh: Open the file anew, and keep the new handle in place of the old one.
         """
         with self._lock:
             opening = None if fresh else self._files.get(path)
@@ -72,7 +72,7 @@ class Handles:
         return mine.file.result(), True
 
     def forget(self, path: str) -> None:
-        """Open `path` anew next time: it is another file now."""
+        """Open `path` anew next time: it is a different file now."""
         with self._lock:
             self._files.pop(path, None)
 

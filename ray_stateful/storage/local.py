@@ -1,8 +1,8 @@
 """Storage on a filesystem of this machine: a file is whole and on the disk, or it is not there.
 
-A local file is visible before it is closed, and closed before it is on the disk. So a file is written under another
-name, flushed to the disk, renamed, and its directory flushed after it: killed or powered off at any point, a reader
-finds the whole file or none.
+A local file is visible before it is closed, and closed before it is on the disk. So a file is written under a temporary
+name, flushed to the disk and renamed, and then its directory is flushed: if the process is killed or the power fails at
+any point, a reader finds the whole file or none.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing_extensions import Buffer, Self
 from ray_stateful.format import layout
 from ray_stateful.storage.paths import as_bytes, checked_range, normalised
 
-# Names that start so are files still being written, or left behind by a process that died: no listing shows them.
+# Files with this prefix are still being written, or were left behind by a process that died: no listing shows them.
 ASIDE_PREFIX = ".tmp-"
 
 # Linux moves at most 2 GiB less one page in one call.
 _CALL_BYTES = 1 << 30
 
-# What a filesystem without directory handles answers to fsync on one (some network and user-space filesystems).
+# What fsync of a directory fails with if the filesystem has no directory handles (some network and user-space ones).
 _NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
-# Sent on to the disk whenever so much was written. Left to itself the kernel collects a file until it is flushed, and
-# the disk stands idle meanwhile.
+# After this many bytes, the kernel is asked to begin writing them to the disk. Left to itself, it collects a file until
+# it is flushed, and the disk is idle meanwhile.
 _SEND_BYTES = 8 << 20
 
-# How often a directory into which somebody still writes is emptied again.
+# How many times to try to empty a directory into which somebody still writes.
 _DELETE_ATTEMPTS = 10
 
 
@@ -57,11 +57,11 @@ class LocalStorage:
             sink.write(data)
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        # Without waiting: to open a pipe takes until somebody writes to it, and a hostile checkpoint may have one.
+        # Non-blocking: opening a pipe waits until somebody writes to it, and a hostile checkpoint may contain one.
         flags, where = os.O_RDONLY | os.O_NONBLOCK, self._os_path(path)
         if layout.is_file_of_checkpoint(os.path.basename(where)):
-            # As in a listing, a link is not there: it leads out of the directory, and the file behind it is anybody's.
-            # Other files are read through links, which is how the cache of Hugging Face keeps weights.
+            # A link counts as missing, as in a listing: it leads out of the directory, to a file that may be anyone's.
+            # Other files are read through links, as the cache of Hugging Face keeps weights behind links.
             flags |= os.O_NOFOLLOW
         with _opened(where, flags) as descriptor:
             found = os.fstat(descriptor)
@@ -78,25 +78,25 @@ class LocalStorage:
         sizes = {}
         with suppress(FileNotFoundError, NotADirectoryError):
             for entry in self._entries(path):
-                # A file that goes between being listed and being looked at is not there; nor is a dangling link.
+                # A file that is deleted between being listed and being looked at is left out.
                 with suppress(FileNotFoundError):
-                    # Nor is a link: it leads out of the directory.
+                    # So is a link: it leads out of the directory.
                     if entry.is_file(follow_symlinks=False):
                         sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
         return sizes
 
     def directories(self, path: str) -> list[str]:
         with suppress(FileNotFoundError):
-            # A file is an error, and no directory without directories: a run in it would begin from scratch.
+            # An error if `path` is a file: a run would begin from scratch if it saw a directory without directories.
             return sorted(entry.name for entry in self._entries(path) if entry.is_dir())
         return []
 
     def delete(self, path: str) -> None:
         where = self._os_path(normalised(path, to_delete=True))
         if os.path.islink(where):
-            # Before anything in it is: what it leads to may be anywhere.
+            # Refused before anything in it is deleted: a link may lead anywhere.
             raise OSError(errno.ELOOP, "is a link, which is not deleted", path)
-        # Without its manifest, what an interrupted deletion leaves is no checkpoint.
+        # The manifest goes first: what an interrupted deletion leaves must not be taken for a checkpoint.
         with suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(os.path.join(where, layout.MANIFEST))
             _fsync_directory(where)
@@ -104,7 +104,7 @@ class LocalStorage:
             try:
                 shutil.rmtree(where)
             except FileNotFoundError:
-                # Of the directory itself, or of a file in it that another process deleted first.
+                # The directory itself was missing, or a file in it that a different process deleted first.
                 if not os.path.lexists(where):
                     break
             except OSError as error:
@@ -126,7 +126,7 @@ class LocalStorage:
 
 
 class LocalSink:
-    """A local file being written, under another name until it is whole."""
+    """A local file being written, under a temporary name until it is whole."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -168,14 +168,14 @@ class LocalSink:
         if found != self._size:
             raise OSError(errno.EIO, f"wrote {self._size:,} bytes and {found:,} are there", self._path)
         descriptor, self._descriptor = self._descriptor, -1
-        # Network filesystems report a full disk as late as here.
+        # Network filesystems may report a full disk only here.
         os.close(descriptor)
         os.replace(self._aside, self._path)
-        # The new name is on the disk only after this: before it, a power cut could undo the rename.
+        # Only this puts the new name on the disk: until then, a power cut could undo the rename.
         _fsync_directory(self._directory)
 
     def _drop(self) -> None:
-        # The error that led here is the one to be seen.
+        # Errors of the clean-up must not hide the error that led here.
         with suppress(OSError):
             if self._descriptor >= 0:
                 os.close(self._descriptor)
@@ -185,7 +185,7 @@ class LocalSink:
 
 
 def make_directory(path: str) -> None:
-    """Make directory `path` and what is missing above it, durably. Succeeds if it is there."""
+    """Make directory `path` and its missing parents, durably. Succeeds if it exists already."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path) or "."
@@ -199,8 +199,8 @@ def make_directory(path: str) -> None:
 
 def _send_on(descriptor: int, start: int, stop: int) -> None:
     """Have the kernel begin to write a range to the disk, without waiting for it."""
-    # What Linux does with a range that is not needed any more, and is not on the disk yet. It is advice: a filesystem
-    # that does not take it loses nothing but time, and so does a system that has no such call.
+    # Linux does so when told that a range which is not on the disk yet is no longer needed. This is advice: if the
+    # filesystem ignores it, or the system has no such call, only time is lost.
     if not hasattr(os, "posix_fadvise"):
         return
     with suppress(OSError):

@@ -1,10 +1,10 @@
 """Opening a checkpoint: manifest and index read once, checked, and turned into what a reader plans with.
 
 Two steps, so that storage is asked by one rank and not by all: `fetch` reads the bytes on rank 0, `parse` makes the
-same `OpenCheckpoint` of them on every rank. Nothing of it is unpickled, but for a foreign `.metadata`, and that
-through an allow-list.
+same `OpenCheckpoint` of them on every rank. Nothing is unpickled except a foreign `.metadata`, and that through an
+allow-list.
 
-torch is imported where DCP's types are wanted alone: to look at a checkpoint takes less time than to import it.
+torch is imported only where DCP's types are needed: importing it takes longer than looking at a checkpoint.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 
 MAX_MANIFEST_BYTES = 64 << 20
 
-# Not by the size of the items: the values of a state are twice in its index, and once in the items. And who wants a
-# reader to read so much can write large items as well.
+# Not derived from the items' size: the values of a state are twice in its index, and once in the items. And an attacker
+# who wants a reader to read that much can write large items as well.
 MAX_INDEX_BYTES = 4 << 30
 
-# Foreign metadata has no values. It may be as large as the items and this.
+# Foreign metadata has no values. It may have as many bytes as the items, plus this.
 _MIN_METADATA_LIMIT_BYTES = 64 << 20
 
-# Of the manifest and of the index, before anything is known of them: the whole, but for the largest states.
+# How much of manifest and index is read before their sizes are known: all of both, except for the largest states.
 AT_ONCE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawCheckpoint:
-    """The bytes that describe a checkpoint, as they were read, and what is in its directory."""
+    """The bytes that describe a checkpoint, as they were read, and the sizes of the files in its directory."""
 
     path: str
     sizes: Mapping[str, int]
@@ -55,10 +55,10 @@ class RawCheckpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenCheckpoint:
-    """A checkpoint that is whole as far as its description goes.
+    """A checkpoint whose description is complete and consistent; its tensor bytes are not checked yet.
 
     `manifest` is `None` for a foreign one, whose bytes have no checksums. `chunks` has every entry's stored chunks
-    by flat key (a value has one), `trees` the containers without tensors by theirs.
+    by flat key (a value has one), `trees` the containers without tensors, by flat key too.
     """
 
     path: str
@@ -75,10 +75,10 @@ class OpenCheckpoint:
         return [chunks[0] for chunks in self.chunks.values()] + list(self.trees.values())
 
     def metadata(self, sources: Mapping[str, str] | None = None) -> Metadata:
-        """The same as DCP's planners want it.
+        """The checkpoint's metadata in the form that DCP's planners take.
 
         Args:
-            sources: The entries to tell of: the key of each, and the key of this checkpoint that it stands for. By
+            sources: The entries to include: the key to give each, and the key that it has in this checkpoint. By
                 default all entries, under their own keys.
         """
         from ray_stateful.storage import dcp_metadata
@@ -88,10 +88,10 @@ class OpenCheckpoint:
 
 
 def fetch(storage: Storage, path: str) -> RawCheckpoint:
-    """Read what describes the checkpoint in directory `path`: three requests at a time, whatever its size.
+    """Read what describes the checkpoint in directory `path`; begins with three requests made at the same time.
 
     Raises:
-        DamagedCheckpoint: there is no checkpoint, or a file is missing or has another size than the manifest says.
+        DamagedCheckpoint: there is no checkpoint, or a file is missing or has a different size than the manifest says.
     """
     with ThreadPoolExecutor(max_workers=3, thread_name_prefix="checkpoint-open") as pool:
         listing = pool.submit(storage.sizes, path)
@@ -100,7 +100,7 @@ def fetch(storage: Storage, path: str) -> RawCheckpoint:
     if layout.MANIFEST not in sizes:
         if layout.DCP_METADATA not in sizes:
             raise DamagedCheckpoint(path, "no checkpoint: neither a manifest nor DCP metadata is there")
-        # Ours has an index; without its manifest it must not pass for a foreign one, whose bytes nobody checks.
+        # One of ours that lost its manifest must not pass for a foreign checkpoint, whose bytes nobody checks.
         if layout.INDEX in sizes or layout.parse_name(posixpath.basename(path)) is not None:
             raise DamagedCheckpoint(path, "was never committed: its manifest is missing")
         return RawCheckpoint(path=path, sizes=sizes, manifest=None, index=_read_metadata(storage, path, sizes))
@@ -119,10 +119,10 @@ def fetch(storage: Storage, path: str) -> RawCheckpoint:
 
 
 def fetch_description(storage: Storage, path: str) -> RawCheckpoint:
-    """Read what describes the checkpoint in directory `path`, and nothing else: two reads, and no listing.
+    """Read what describes the checkpoint in directory `path` in two reads, without a listing.
 
-    For looking at a checkpoint; whether its files are there is not asked. A directory without a manifest takes the
-    way of `fetch`.
+    For looking at a checkpoint: it does not check that the files are there. A directory without a manifest is read by
+    `fetch`.
 
     Raises:
         DamagedCheckpoint: as `fetch`.
@@ -135,17 +135,17 @@ def fetch_description(storage: Storage, path: str) -> RawCheckpoint:
     _check_name(path, manifest)
     sizes = manifest.sizes
     check_index_size(path, sizes[layout.INDEX])
-    # No more than that, however long the file is: these sizes are what the manifest claims.
+    # At most this size, however long the file is: the size is only what the manifest claims.
     found = _read(storage, path, layout.INDEX, sizes[layout.INDEX])
     return RawCheckpoint(path=path, sizes=sizes, manifest=data, index=found)
 
 
 def read_manifest(storage: Storage, path: str) -> bytes:
-    """The manifest of the checkpoint in directory `path`, in one read, if it is no larger than one can be.
+    """The bytes of the manifest of the checkpoint in directory `path`, in one read.
 
     Raises:
         FileNotFoundError: there is none.
-        HostileCheckpoint: it is larger.
+        HostileCheckpoint: it is larger than `MAX_MANIFEST_BYTES`.
     """
     data = storage.read(posixpath.join(path, layout.MANIFEST), 0, MAX_MANIFEST_BYTES + 1)
     if len(data) > MAX_MANIFEST_BYTES:
@@ -157,7 +157,7 @@ def check_index_size(path: str, num_bytes: int) -> None:
     """Refuse an index that is too large to be read.
 
     Raises:
-        HostileCheckpoint: it is.
+        HostileCheckpoint: it has more than `MAX_INDEX_BYTES`.
     """
     if num_bytes > MAX_INDEX_BYTES:
         found = f"is {num_bytes:,} bytes; an index has {MAX_INDEX_BYTES:,} at most"
@@ -168,8 +168,8 @@ def parse(raw: RawCheckpoint) -> OpenCheckpoint:
     """Check and decode what `fetch` read. Pure: the same on every rank.
 
     Raises:
-        DamagedCheckpoint: the index is not the one the manifest vouches for.
-        HostileCheckpoint: they ask for something no writer makes.
+        DamagedCheckpoint: the checksum of the index is not the one in the manifest.
+        HostileCheckpoint: what `fetch` read has something that no writer makes.
     """
     if raw.manifest is None:
         from ray_stateful.storage import dcp_metadata, foreign
@@ -200,7 +200,7 @@ def _opened(path: str, manifest: Manifest | None, rows: list[StoredChunk]) -> Op
     for key, of_key in chunks.items():
         _check_whole(path, key, of_key)
     _check_apart(path, rows)
-    # One row of each entry: the others have its path.
+    # One row per entry is enough: its other rows have the same path.
     problem = structure_problem([*(of_key[0] for of_key in chunks.values()), *(row for row in rows if row.is_tree)])
     if problem is not None:
         raise HostileCheckpoint(path, problem)
@@ -220,7 +220,7 @@ def _check_whole(path: str, key: str, chunks: list[StoredChunk]) -> None:
         if len(chunks) > 1:
             raise HostileCheckpoint(path, f"{key!r}: a value that stands there {len(chunks)} times")
         return
-    # Metadata that does not cover a tensor would leave that region as it was, without a word.
+    # A region of a tensor that no chunk covers would silently keep what it had before the restore.
     problems = coverage_problems(first.shape, [chunk.box for chunk in chunks])
     if problems:
         raise HostileCheckpoint(path, f"{key!r}: {'; '.join(problems[:3])}")
@@ -228,7 +228,7 @@ def _check_whole(path: str, key: str, chunks: list[StoredChunk]) -> None:
 
 def _check_apart(path: str, rows: list[StoredChunk]) -> None:
     """Refuse items that share bytes: a small file could stand for any number of large tensors."""
-    # Equal values are stored once and pointed to by many; so they are counted once.
+    # Equal values are stored once, and several entries point to them; so each of their places is counted once.
     places = {(row.file, row.item_offset, row.item_length, row.dtype is None) for row in rows if not row.is_tree}
     if sum(row.dtype is not None for row in rows) > sum(not is_value for *_, is_value in places):
         raise HostileCheckpoint(path, "several chunks of tensors are stored in the same place")
@@ -238,14 +238,14 @@ def _check_apart(path: str, rows: list[StoredChunk]) -> None:
 
 
 def _check_name(path: str, manifest: Manifest) -> None:
-    """Refuse a checkpoint that lies where another was: every file of it fits the others, and the step is wrong."""
+    """Refuse a checkpoint under the name of a different one: its files fit together, but the step is wrong."""
     name = layout.parse_name(posixpath.basename(path))
     if name is not None and manifest.attempt and (name.step, name.attempt) != (manifest.step, manifest.attempt):
         raise DamagedCheckpoint(path, f"holds another checkpoint: step {manifest.step}, attempt {manifest.attempt!r}")
 
 
 def _start_of(storage: Storage, path: str, name: str) -> bytes | None:
-    """The first bytes of a file, which mostly are all of it; `None` if there is no such file."""
+    """The first `AT_ONCE_BYTES` of a file, mostly all of it; `None` if there is no such file."""
     try:
         return storage.read(posixpath.join(path, name), 0, AT_ONCE_BYTES)
     except FileNotFoundError:

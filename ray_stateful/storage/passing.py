@@ -1,14 +1,14 @@
 """Small pieces are read once, in a few large requests, and passed on to the ranks that want them.
 
-When a checkpoint goes to another number of workers, each stored chunk is cut anew. Two ranks want a part each of every
-chunk in a file, and neither can ask for its parts in few requests without reading the other's along. So one of them
-asks for both, and sends on what is the other's. Who reads what is known beforehand (`dealing`); what is large enough
-for a request of its own, every rank reads for itself.
+When a checkpoint is restored by a different number of workers, each stored chunk is cut anew. Two ranks may each want a
+part of every chunk in a file, and neither can request its parts in few requests without also reading the other's. So
+one of them requests both, and sends the other its parts. Who reads what is known beforehand (`dealing`); every rank
+reads for itself what is large enough for a request of its own.
 
-1. (all) tell each reader what this rank wants of its run of bytes;
-2. (all) read a window of their run, in as few requests as `ReadLimits` allows;
-3. (all) agree that it was read, and how far each reader got;
-4. (all) send and receive; check and copy what came; again from 2, until nothing is left to read.
+1. (all) tell each reader what this rank wants from the reader's run of bytes;
+2. (all) read a window of their own run, in as few requests as `ReadLimits` allows;
+3. (all) agree that reading succeeded, and how far each reader got;
+4. (all) send and receive; check and copy what arrived; again from 2, until nothing is left to read.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ def read(
     ranks: Ranks,
     outcome: Outcome,
 ) -> tuple[dict[str, ReadStatistics], dict[int, Failure]]:
-    """Fill the tensors of small requests. Collective: of all ranks, each with its own `requests`, by part of the state.
+    """Fill the tensors of small requests. Collective: all ranks call it, each with `requests` of its own.
 
     Args:
-        deal: Of the checkpoint's files to all ranks; the same on all of them.
-        outcome: What became of what this rank read before. An error of this one goes there as well.
+        requests: What this rank wants, by part of the state.
+        deal: How the checkpoint's files are dealt to the ranks; the same on all of them.
+        outcome: The outcome of this rank's reads before this call. Errors of this call are added to it.
 
     Returns:
-        What this rank asked of storage, by part; and who failed, the same on every rank. If anybody did, tensors are
-        filled in part, with bytes that were checked.
+        What this rank asked of storage, by part; and which ranks failed, the same on every rank. If any failed, tensors
+        may be filled in part, with bytes that were checked.
     """
     names = sorted(requests)
     took = {name: ReadStatistics(bytes_wanted=sum(r.num_bytes for r in requests[name])) for name in names}
@@ -84,7 +85,7 @@ def read(
                 del fetched
         failures, ends = ranks.share("read", outcome, [end])
         before, reached = reached, [end for (end,) in ends]
-        # Also when nothing is left to read: this is where a block that came damaged is told.
+        # Shared also when nothing is left to read: here a rank reports that a block of the last window was damaged.
         if failures or reached == before:
             return took, failures
         expected = [between(spans, *run) for spans, run in zip(asked, zip(before, reached, strict=True), strict=True)]
@@ -94,13 +95,13 @@ def read(
         _all_to_all("send what was read", received, to_send, num_received, num_sent, ranks)
         with outcome.catch():
             _unpack(wanted, list(chain.from_iterable(expected)), received)
-        # Before the next window is in memory.
+        # Freed before the next window is read into memory.
         del received
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What this rank wants: the pieces that lie in each span, and the tensors they go to."""
+    """What this rank wants: the pieces that lie in each span, and the tensors that they fill."""
 
     path: str
     deal: Deal
@@ -108,7 +109,7 @@ class _Wanted:
     pieces: dict[Span, list[Piece]] = field(default_factory=lambda: defaultdict(list))
 
     def cut(self, requests: Iterable[Iterable[Request]], limits: ReadLimits) -> None:
-        """Add what `requests` want, by part; the number of a request is that of its tensor."""
+        """Add the pieces of `requests`, by part; requests and `targets` have the same order."""
         number = count()
         for part, group in enumerate(requests):
             for request in group:
@@ -116,7 +117,7 @@ class _Wanted:
                     self.pieces[span].append(piece)
 
     def fill(self, spans: Iterable[Span], data: Iterable[memoryview]) -> None:
-        """Check the bytes of each span, and copy its pieces.
+        """Check each span's bytes, `data`, and copy its pieces.
 
         Raises:
             DamagedCheckpoint: names the first block that is not what was written.
@@ -127,10 +128,11 @@ class _Wanted:
 
 
 def _tell(numbers: list[int], question: torch.Tensor, ranks: Ranks) -> list[list[Span]]:
-    """What each rank wants of this one. Collective.
+    """The spans that each rank wants from this one. Collective: all ranks call it.
 
     Args:
-        question: What this one wants, a row for each span; so many of each rank as `numbers` says.
+        numbers: How many spans this rank wants from each rank.
+        question: These spans, one row each, in rank order.
     """
     num_asked = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     num_told = torch.empty_like(num_asked)
@@ -155,7 +157,7 @@ def _all_to_all(
 
 @dataclass(frozen=True, slots=True)
 class _Fetched:
-    """The bytes of a window: of each part of the state, where each request's begin, and what came of it."""
+    """The bytes of a window: for each part of the state, where each request begins, and the bytes it read."""
 
     begins: dict[int, list[int]]
     data: dict[int, list[memoryview]]
@@ -171,7 +173,7 @@ class _Fetched:
 
 
 def _fetch(storage: Storage, path: str, deal: Deal, spans: Sequence[Span], limits: ReadLimits) -> _Fetched:
-    """Read `spans`, which are sorted."""
+    """Read sorted `spans` from storage."""
     groups = [(part, group) for part, of_part in deal.requests(spans, limits).items() for group in of_part]
     jobs = [partial(read_exactly, storage, path, file, first, stop) for _, (file, first, stop, _) in groups]
     fetched = _Fetched(defaultdict(list), defaultdict(list))
@@ -182,7 +184,7 @@ def _fetch(storage: Storage, path: str, deal: Deal, spans: Sequence[Span], limit
 
 
 def _packed(spans: Sequence[Sequence[Span]], fetched: _Fetched) -> tuple[torch.Tensor, list[int]]:
-    """The bytes of `spans` one behind the other, and how many they are for each rank."""
+    """The bytes of `spans`, which are by rank, one after another; and how many bytes each rank gets."""
     num_bytes = [sum(map(len, of_rank)) for of_rank in spans]
     packed = _host_bytes(sum(num_bytes))
     buffer, stop = packed.numpy().data, 0

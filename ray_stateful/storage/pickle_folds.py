@@ -1,10 +1,11 @@
-"""What a pickle would make of little: looked for in its instructions, none of which is followed. Pure.
+"""Finds small pickles that would make large objects, from their instructions, without executing any. Pure.
 
 A pickle may use an object many times, and so write a tuple of two tuples of two tuples: sixty levels take 300 bytes,
 and as a dict key 2**60 steps to hash. torch's own reader, given `weights_only=True`, makes such a key. It also calls
-what it knows with any arguments: `bytearray(1 << 40)`; `torch.Tensor(1000)`, which is whatever lies in the memory of
-this process; an encoder that doubles its text, forty times over; a sparse tensor whose indices nobody compares with its
-size. So here calls are held to those that `torch.save` writes, and whose result is what they are given.
+the functions it allows with any arguments: `bytearray(1 << 40)`; `torch.Tensor(1000)`, which is whatever lies in the
+memory of this process; an encoder that doubles its text, forty times over; a sparse tensor whose indices nobody
+compares with its size. So only those calls are accepted that `torch.save` writes, and whose result is in proportion to
+their arguments.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 MAX_UNFOLDED = 1 << 20
-# What is used again is unfolded again where it is a key. A byte of a pickle may stand for so many objects of that.
+# Objects that are used again are walked again where they are keys: at most this many of them per byte of a pickle.
 _UNFOLDED_A_BYTE = 16
 MAX_DEPTH = 200
-# Of numbers, and tuples of them, with one hash: a dict or set compares each with each.
+# The most numbers, or tuples of them, with the same hash: a dict or set compares each of them with every other.
 MAX_EQUAL_HASHES = 1000
-# An empty list is one byte of a pickle, and 64 in memory.
+# An empty list takes one byte in a pickle, and 64 in memory.
 _MIN_CONTAINER_BYTES = 16
 _FREE_CONTAINERS = 1 << 20
 _MAX_REPEATED_TEXT = 64
@@ -29,7 +30,7 @@ _CONTAINERS = ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "TUPLE", "TUPLE1", "TUPL
 _ENCODE = "_codecs encode"
 _SIZE = "torch Size"
 _REBUILD_SUBCLASS = "torch._tensor _rebuild_from_type_v2"
-# These give a tensor the storage that was read for it, and refuse one that is too small.
+# These give a tensor the storage that was read for it, and refuse a storage that is too small.
 _REBUILDS = frozenset(
     f"torch._utils {name}"
     for name in (
@@ -42,7 +43,7 @@ _REBUILDS = frozenset(
     )
 )
 _COMPLEX = frozenset({"__builtin__ complex", "builtins complex"})
-# These are as large as what they are given.
+# The results of these are as large as their arguments.
 _COPIES = _COMPLEX | frozenset(
     {
         "__builtin__ set",
@@ -53,12 +54,12 @@ _COPIES = _COMPLEX | frozenset(
     }
 )
 _BYTEARRAYS = frozenset({"__builtin__ bytearray", "builtins bytearray"})
-# Other names are for torch to refuse, if the user has not told it to know them; it is told to know those of DTensors.
+# Other names are left to torch, which refuses those that were not registered as safe globals; those of DTensors are.
 _FOR_TORCH_TO_JUDGE = re.compile(r"(?!(__builtin__|builtins|_codecs|collections|torch(?!\.distributed\.)(\..*)?) )")
 
 
 class _Hashed:
-    """Stands for an object in a tuple, by its hash: there is one for all that are equal."""
+    """Stands for an object of a pickle, and has its hash; equal objects share one."""
 
     __slots__ = ("value",)
 
@@ -70,11 +71,11 @@ class _Hashed:
 
 
 class _Folded(NamedTuple):
-    """What is known of an object: how many objects it is, and how deep they lie in each other.
+    """What is known about an object of a pickle: how many objects it unfolds to, and how deeply they are nested.
 
-    `name` is that of a function or class; `text` the text, `number` the number that it is; `made_by` the name of what
-    was called for it; `items` are those of a tuple; `hashed` stands for it where it may be a key; `is_again` says that
-    it was made before, and is used once more.
+    `name` is that of a function or class; `text` and `number` are the object itself, if it is one; `made_by` is the
+    name of the function whose result it is; `items` are those of a tuple; `hashed` stands for it if it may be a key;
+    `is_again` says that it was made before, and is used once more.
     """
 
     size: int = 1
@@ -89,7 +90,7 @@ class _Folded(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """Whether it may be copied as often as a pickle likes."""
+        """Whether copying it is harmless: it was not used before, or is a short text."""
         return not self.is_again or (self.text is not None and len(self.text) <= _MAX_REPEATED_TEXT)
 
 
@@ -98,17 +99,17 @@ _LEAF, _MARK = _Folded(), _Folded(0, 0)
 
 
 class _Keys:
-    """What may be a key of a dict, or in a set."""
+    """The objects of a pickle that may be keys of a dict, or in a set."""
 
     def __init__(self) -> None:
         self._known: dict[Any, _Hashed] = {}
         self._hashes: Counter[int] = Counter()
 
     def add(self, key: Any, hashed: int | None = None) -> _Hashed:
-        """What stands for the object `key`, or for the object of this hash that is made of what is in `key`.
+        """What stands for the object `key`; or, if `hashed` is given, for an object made of `key`, with this hash.
 
         Raises:
-            ValueError: too many have one hash.
+            ValueError: too many different objects have the same hash.
         """
         if key not in self._known:
             one = self._known[key] = _Hashed(hash(key) if hashed is None else hashed)
@@ -118,19 +119,19 @@ class _Keys:
         return self._known[key]
 
     def made(self, name: str, arguments: _Folded) -> _Hashed | None:
-        """What stands for the result of a call; equal ones of equal calls."""
+        """What stands for the result of a call, the same for equal calls; `None` if it can't be a key."""
         items = arguments.items or ()
         numbers = [item.number for item in items if item.number is not None]
         if name in _COMPLEX and len(items) == len(numbers) == 2:
             return self.add(complex(*numbers))
         if name == _SIZE:
-            # A tuple, and hashed as one.
+            # A `torch.Size` is a tuple, and hashed as one.
             return items[0].hashed
         return None if arguments.hashed is None else self.add((name, arguments.hashed))
 
 
 def folding_problem(pickled: bytes) -> str | None:
-    """Why a pickle is not to be opened by torch; `None` if what it makes is in proportion to it."""
+    """Why a pickle must not be opened by torch; `None` if what it makes is in proportion to its size."""
     stack: list[_Folded] = []
     memo: dict[int, _Folded] = {}
     containers, most = 0, _FREE_CONTAINERS + len(pickled) // _MIN_CONTAINER_BYTES
@@ -181,7 +182,10 @@ def folding_problem(pickled: bytes) -> str | None:
 
 
 def _call_problem(instruction: str, name: str | None, arguments: _Folded) -> str | None:
-    """Why a call is none that `torch.save` writes, or none whose result is as large as what it is given."""
+    """Why a call is refused: `torch.save` writes no such call, or its result may be larger than its arguments.
+
+    `None` if it is accepted.
+    """
     items = arguments.items
     if name is None or items is None or arguments.is_again:
         return "its pickle calls what is no name, or with arguments that it used before"
@@ -190,12 +194,12 @@ def _call_problem(instruction: str, name: str | None, arguments: _Folded) -> str
     elif name == _REBUILD_SUBCLASS:
         fine = bool(items) and items[0].name in _REBUILDS
     elif name in _COPIES:
-        # A large one that is copied again and again is as good as a larger one.
+        # Copying a large object again and again takes as much memory as a larger one.
         fine = all(item.is_small for item in items)
     elif name == _SIZE:
         fine = len(items) == 1 and items[0].items is not None and items[0].is_small
     elif name == _ENCODE:
-        # In Latin 1 it is what it was, and twice that at most.
+        # As Latin 1, a text takes no more bytes than in the pickle, which has it as UTF-8.
         fine = len(items) == 2 and items[0].text is not None and items[0].is_small and items[1].text == "latin1"
     elif name in _BYTEARRAYS:
         fine = not items or (len(items) == 1 and items[0].made_by == _ENCODE and items[0].is_small)
@@ -207,13 +211,13 @@ def _call_problem(instruction: str, name: str | None, arguments: _Folded) -> str
 
 
 def _take(stack: list[_Folded], code: pickletools.OpcodeInfo) -> list[_Folded]:
-    """Take what an instruction takes, the last first: so many objects, or all that were put there since a mark."""
+    """Pop what an instruction takes, last object first: a fixed number, or all that were pushed since a mark."""
     taken: list[_Folded] = []
     if pickletools.markobject in code.stack_before:
         while stack[-1] is not _MARK:
             taken.append(stack.pop())
         stack.pop()
-        # What lies below the mark: the container that they go into.
+        # An instruction may also take what lies below the mark: the container that the objects go into.
         below = code.stack_before.index(pickletools.markobject)
     else:
         below = len(code.stack_before)
@@ -226,5 +230,5 @@ def _tuple_of(taken: list[_Folded], keys: _Keys) -> _Folded:
     items = tuple(reversed(taken))
     size, depth = 1 + sum(item.size for item in items), 1 + max((item.depth for item in items), default=0)
     key = tuple(item.hashed for item in items)
-    # Of a list within it, nothing is to be said: such a tuple is no key.
+    # A tuple with an item that can't be a key, such as a list, is no key itself.
     return _Folded(size, depth, items=items, hashed=None if None in key else keys.add(key, hash(key)))

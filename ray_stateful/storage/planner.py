@@ -1,8 +1,8 @@
-"""DCP's planner of a save, without what it gets wrong.
+"""DCP's save planner, without what it gets wrong.
 
 Stock planning weighs a shard by the size of the whole tensor, so that replicated entries all go to the same few
-ranks; it lets the values of one key differ between ranks, and keeps one of them; and it plans empty shards. Its
-cache of plans is keyed by the planner's class name, so that two models overwrite each other's plans: it stays off.
+ranks; it lets the values of one key differ between ranks, and keeps one of them; and it plans empty shards. Its plan
+cache is keyed by the planner's class name, so that two models overwrite each other's plans: here it stays off.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _LONE_HALF = re.compile("[\ud800-\udfff]")
 
 
 class BalancedSavePlanner(DefaultSavePlanner):
-    """Writes each tensor's chunks once, spread over the ranks by the bytes they really have."""
+    """Plans to write each chunk once, spread over the ranks by the chunks' actual bytes."""
 
     def __init__(self) -> None:
-        # A ShardedTensor of ShardedTensors is what nobody makes any more; looking for one passes over every entry.
+        # Nobody makes a ShardedTensor of ShardedTensors any more, and looking for one passes over every entry.
         super().__init__(flatten_sharded_tensors=False)
         self.encoded: dict[str, str] = {}
         self.trees: dict[KeyPath, str] = {}
@@ -57,7 +57,7 @@ class BalancedSavePlanner(DefaultSavePlanner):
         """
         paths, leaves, trees = flatten(state_dict)
         self._paths = paths
-        # DCP has an entry for each leaf of a tree as well; all else is flattened by now, as it would do it.
+        # DCP has an entry for each leaf of a tree too; everything else is flattened already, as DCP would do it.
         try:
             super().set_up_planner(trees, storage_meta, is_coordinator)
         except ValueError as error:
@@ -71,26 +71,26 @@ class BalancedSavePlanner(DefaultSavePlanner):
         self.mappings = {**{key: paths[key] for key in leaves}, **below}
         for key, value in self.state_dict.items():
             _refuse_unsupported(key, self.mappings[key], value)
-        # Encoded here and not when they are written: by then, training may have changed them.
+        # Values are encoded here and not when they are written: by then, training may have changed them.
         self.encoded = {
             key: values.encode(value, key) for key, value in self.state_dict.items() if not is_tensor(value)
         }
         self.trees = {paths[key]: values.encode(tree, key) for key, tree in trees.items() if key not in self.state_dict}
 
     def describe(self) -> Iterator[str]:
-        """What this rank's part of the plan depends on, in words, for each entry."""
+        """A text for each entry: all that this rank's part of the plan depends on."""
         words: dict[Any, str] = {}
         for key, value in self.state_dict.items():
             yield f"{key} {self.mappings[key]} {_described(value, words)}"
 
     def shared_values(self) -> dict[str, str]:
-        """By key the JSON of the values that other ranks may have too."""
+        """The JSON of the values that other ranks may have too, by key."""
         return {key: text for key, text in self.encoded.items() if not is_of_one_rank(self.mappings[key])}
 
     def shared_tensors(self) -> dict[str, str]:
-        """By key a word on the small plain tensors that other ranks may have too.
+        """A description of the small plain tensors that other ranks may have too, by key.
 
-        Not DTensors: a rank outside of their mesh has one as well, and plans nothing of it.
+        Not DTensors: a rank outside of a DTensor's mesh has the DTensor as well, but plans nothing of it.
         """
         return {
             key: _described(value, {})
@@ -104,20 +104,20 @@ class BalancedSavePlanner(DefaultSavePlanner):
         """This rank's chunks and values."""
         plan = super().create_local_plan()
         items = [self._with_checksum(item) for item in plan.items if not _is_empty_shard(item)]
-        # DCP makes others of it by `replace` alone, which keeps the lengths.
+        # DCP derives other plans from this one only by `dataclasses.replace`, which keeps the lengths.
         self.plan = ListingPlan(items, planner_data=plan.planner_data, lengths=lengths_of(self._paths.values()))
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """One plan a rank, in which every chunk is written once. Pure: the same plans give the same answer.
+        """One plan per rank, so that every chunk is written once. Pure: the same plans give the same answer.
 
-        A plan has items of the rank's own plan, the very same objects, in the same order.
+        The items of a rank's plan are objects of that rank's local plan, not copies, in the same order.
 
         Raises:
             UnsupportedState: ranks disagree on an entry.
             ValueError: the planned chunks do not cover some tensor exactly.
         """
-        # An item's place among the chunks of its tensor is a hint that nobody needs, and a new item for each.
+        # An index hint, an item's place among the chunks of its tensor, would need a new item for each; nobody uses it.
         plans, metadata = create_default_global_save_plan(assign(all_plans), rewrite_index_hints=False)
         mappings = dict(ChainMap(*(plan.planner_data for plan in plans)))
         metadata = dataclasses.replace(metadata, planner_data=mappings)
@@ -133,11 +133,11 @@ class BalancedSavePlanner(DefaultSavePlanner):
         return plans, metadata
 
     def stage(self, staging: Staging) -> None:
-        """Copy the tensors; from here on the copies are what is written."""
+        """Copy the tensors to `staging`; from here on, the copies are what is written."""
         self.staged = staging.fill(self.state_dict)
 
     def let_go(self) -> None:
-        """Once all is planned, forget what was copied: FSDP1 hands out clones, which take memory of their device."""
+        """Once all is planned, drop tensors that were copied: FSDP1 hands out clones, which take device memory."""
         if self.staged is not None:
             self.state_dict = {}
 
@@ -156,7 +156,7 @@ class BalancedSavePlanner(DefaultSavePlanner):
 
 
 def _described(value: Any, words: dict[Any, str]) -> str:
-    """Kind, shape, dtype and shards of an entry. `words` keeps those of meshes and placements, which repeat."""
+    """Kind, shape, dtype and shards of an entry. `words` caches the texts of meshes and placements, which repeat."""
     if not is_tensor(value):
         return "value"
     if isinstance(value, DTensor):
@@ -173,7 +173,7 @@ def _described(value: Any, words: dict[Any, str]) -> str:
 
 
 def _is_empty_shard(item: WriteItem) -> bool:
-    """A chunk without elements of a tensor that has some: a rank beyond the end of a small dim."""
+    """Whether a chunk has no elements, though its tensor has: the rank is beyond the end of a small dim."""
     data = item.tensor_data
     return data is not None and math.prod(data.chunk.sizes) == 0 and math.prod(data.size) > 0
 

@@ -1,8 +1,8 @@
 """`Storage` over any `pyarrow.fs.FileSystem`: local, S3, GCS, Azure, a directory of one of them, or a wrapped fsspec.
 
 In an object store a file appears when it is complete, and there is no rename: files are written in place, and the
-manifest, written last, says that they are whole. What a filesystem does differently from the others is a field of
-`Traits`, with the reason, and nowhere else.
+manifest, written last, says that they are whole. What one kind of filesystem does differently is a field of `Traits`,
+with the reason, and nowhere else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ray_stateful.storage.paths import as_bytes, checked_range, normalised
 
 _MIB = 1 << 20
 
-# Of one part on S3; fixed in pyarrow. A file of so many bytes, or more, is uploaded in parts.
+# The size of one part on S3, fixed in pyarrow. A file of this size or larger is uploaded in parts.
 _PART_BYTES = 10 * _MIB
 
 
@@ -36,12 +36,12 @@ class Traits:
     """How a kind of filesystem differs.
 
     Attributes:
-        max_file_bytes: The largest file there can be; `None` where there is no limit to speak of.
-        flush_bytes: Wait for background uploads whenever so many bytes were written, or never.
-        write_buffer_bytes: Collect writes up to this size.
+        max_file_bytes: The largest file that can be written; `None` if there is no limit that matters.
+        flush_bytes: Wait for background uploads after each this many bytes written; `None` for never.
+        write_buffer_bytes: Collect writes up to this size; `None` to pass each on.
         shares_handles: Whether an open file may be read from several threads at once.
-        has_directories: Whether a directory must be made before a file in it is written, or found.
-        deletes_known_files: Whether to look if a file is there before deleting it.
+        has_directories: Whether a directory must be made before a file in it can be written, or found.
+        deletes_known_files: Whether to check that a file is there before deleting it.
     """
 
     max_file_bytes: int | None = None
@@ -53,15 +53,16 @@ class Traits:
 
 
 _TRAITS = {
-    # 10,000 parts, a fixed number as well. Uploads run in the background without a bound on memory, which waiting for
-    # them now and then gives; a flush does not publish what is written so far.
+    # At most 10,000 parts, also fixed. Uploads run in the background with no bound on memory, so a flush waits for them
+    # now and then; a flush does not publish what is written so far.
     "s3": Traits(max_file_bytes=10_000 * _PART_BYTES, flush_bytes=64 * _MIB, shares_handles=True),
-    # Each write of 256 KiB or more would be one request, waited for. A directory is listed where an object marks it.
-    # The first use of an open file asks for all of it, and drops the answer: once a file, and not once a range.
+    # Unbuffered, each write of 256 KiB or more would be a request that is waited for. Only a directory with a marker
+    # object is listed. The first use of an open file requests all of it, and drops the answer: with shared handles this
+    # happens once per file, not once per range.
     "gcs": Traits(max_file_bytes=5 << 40, write_buffer_bytes=8 * _MIB, has_directories=True, shares_handles=True),
-    # 50,000 blocks of 10 MiB. No flushing: it commits the blocks, so that a part of the file would look like a file.
-    # A file is deleted by way of a lease on it. When that is refused, as it is of a file that is not there, the client
-    # was seen to lose count of the answer's bytes: it waits for seconds, or ends the process by a C++ exception.
+    # 50,000 blocks of 10 MiB. No flushing: a flush commits the blocks, and a part of the file would look like a file.
+    # The client takes a lease on a file to delete it. If the lease is refused, as for a missing file, the client was
+    # seen to lose count of the answer's bytes: it waits for seconds, or ends the process with a C++ exception.
     "abfs": Traits(max_file_bytes=50_000 * 10 * _MIB, shares_handles=True, deletes_known_files=True),
 }
 _OTHER = Traits(has_directories=True)
@@ -71,12 +72,12 @@ class PyarrowStorage:
     """`ray_stateful.storage.base.Storage` over a pyarrow filesystem.
 
     Paths are what the filesystem takes: `bucket/directory/file` on an object store, a path of the system on a local
-    one. Files on this machine, also by way of a `SubTreeFileSystem` or fsspec, are written aside, flushed to the disk
-    and renamed (`LocalStorage`).
+    one. Files on this machine, also through a `SubTreeFileSystem` or fsspec, are written under a temporary name,
+    flushed to the disk and renamed (`LocalStorage`).
 
     Attributes:
         filesystem: As given.
-        max_file_bytes: A larger file can't be written here; `None` without a limit.
+        max_file_bytes: The largest file that can be written; `None` if there is no limit.
     """
 
     def __init__(self, filesystem: pyarrow.fs.FileSystem) -> None:
@@ -88,7 +89,7 @@ class PyarrowStorage:
         self.max_file_bytes = self._traits.max_file_bytes
         self._handles = Handles(self._open_file)
         self._made_directories: set[str] = set()
-        # Kinds of upload, in parts or not, of which a file has been looked at.
+        # The kinds of upload, in parts (True) or whole (False), of which one file's size has been checked.
         self._seen: set[bool] = set()
         self._lock = threading.Lock()
 
@@ -124,7 +125,7 @@ class PyarrowStorage:
             if not self._traits.shares_handles:
                 with self._open_file(where) as file:
                     return _read_range(file, where, offset, length)
-            # A handle keeps the size that the file had; who asks for all of it wants the size it has now.
+            # A handle keeps the size that the file had when opened; a caller who wants all of it needs its size now.
             file, is_new = self._handles.get(where, fresh=length is None)
             try:
                 data = _read_range(file, where, offset, length)
@@ -153,7 +154,7 @@ class PyarrowStorage:
         with self._lock:
             self._made_directories.clear()
         with _os_errors(where):
-            # Without its manifest, what an interrupted deletion leaves is no checkpoint.
+            # The manifest goes first: what an interrupted deletion leaves must not be taken for a checkpoint.
             manifest = f"{where}/{layout.MANIFEST}"
             if not self._traits.deletes_known_files or self.size_of(manifest) is not None:
                 with suppress(FileNotFoundError):
@@ -161,33 +162,33 @@ class PyarrowStorage:
             try:
                 self.filesystem.delete_dir(where)
             except OSError:
-                # Of a directory that is not there, GCS makes an error like any other.
+                # For a missing directory, GCS raises an error like any other.
                 if self._remains(where):
                     raise
         self._handles.forget_all()
 
     def size_of(self, path: str) -> int | None:
-        """The size of file `path` in bytes, `None` if there is none."""
+        """The size of file `path` in bytes; `None` if there is no such file."""
         with _os_errors(path):
             info = self.filesystem.get_file_info(path)
         return info.size if info.type == pyarrow.fs.FileType.File else None
 
     def check_first(self, path: str, size: int) -> None:
-        """Look at the size of file `path`, if it is the first of its kind that was written here.
+        """Check the size of file `path`, if it is the first that this storage wrote with its kind of upload.
 
-        There are servers that store the trailer of a chunked upload as part of the file, and say that all is well. They
-        do it every time: to ask after each file is a request that all ranks wait for. A save looks at all that it has
-        written once more, by one listing before the manifest.
+        Some servers store the trailer of a chunked upload as part of the file, and report success. They do so every
+        time, so one file is enough: a check of every file would be a request that all ranks wait for. A save checks the
+        sizes of all files once more, in one listing before the manifest.
 
         Raises:
-            OSError: it is not `size` bytes; it is deleted, and the next file is the first again.
+            OSError: it is not `size` bytes. The file is deleted, and the next file of its kind is checked again.
         """
         in_parts = size >= _PART_BYTES
         with self._lock:
             if in_parts in self._seen:
                 return
             self._seen.add(in_parts)
-        # Without the lock: a look that hangs is given up, and must not hold up the files after it.
+        # Not under the lock: a request that hangs is given up, and must not hold up later files.
         try:
             found = self.size_of(path)
             if found != size:
@@ -199,7 +200,7 @@ class PyarrowStorage:
             raise
 
     def discard(self, path: str) -> None:
-        """Delete file `path` as far as that is possible: a damaged one, which nothing refers to."""
+        """Try to delete file `path`, ignoring errors: it is damaged, and nothing refers to it."""
         with suppress(OSError), _os_errors(path):
             self.filesystem.delete_file(path)
 
@@ -232,7 +233,7 @@ class PyarrowStorage:
                 infos = self.filesystem.get_file_info(selector)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        # A store that lists the marker object of the directory itself gives it an empty name, or the directory's path.
+        # Some stores list the directory's own marker object, with an empty name or the directory's path.
         return [info for info in infos if info.base_name and info.path.strip("/") != where.strip("/")]
 
     def _make_directory_of(self, path: str) -> None:
@@ -263,7 +264,7 @@ class _StreamSink:
         view = as_bytes(data)
         limit = self._traits.max_file_bytes
         if limit is not None and self._size + view.nbytes > limit:
-            # Found out at the last part otherwise, after hours.
+            # Otherwise the storage would refuse the last part, after hours.
             raise OSError(errno.EFBIG, f"a file here ends at {limit:,} bytes; split it", self._path)
         with _os_errors(self._path):
             self._stream.write(view)
@@ -282,7 +283,7 @@ class _StreamSink:
             # There is no way to abort: closing publishes what was written, and so would the stream's destructor.
             with suppress(OSError), _os_errors(self._path):
                 self._stream.close()
-            # What is there may be whole by now: of another try, if this one was given up and only now ends.
+            # If this attempt was given up and ends only now, a later one may have written the whole file already.
             if self._content is None or not self._is_there():
                 self._storage.discard(self._path)
             return
@@ -290,7 +291,7 @@ class _StreamSink:
             with _os_errors(self._path):
                 self._stream.close()
         except OSError:
-            # The reply to the request that completes the file may be what was lost, and not the file.
+            # Maybe only the reply to the request that completes the file was lost, and the file is there.
             if not self._is_there():
                 raise
             return
@@ -299,7 +300,7 @@ class _StreamSink:
     def _is_there(self) -> bool:
         try:
             if self._content is not None:
-                # Small, and its name may be that of an older file of the same size.
+                # It is small, so read it: an older file of the same name and size may be there.
                 return self._storage.read(self._path) == self._content
             return self._storage.size_of(self._path) == self._size
         except OSError:
@@ -308,8 +309,8 @@ class _StreamSink:
 
 def _read_range(file: pyarrow.NativeFile, path: str, offset: int, length: int | None) -> bytes:
     if file.closed:
-        # By nobody: a file of GCS begins a request when it is first used, and counts as closed if that fails, whatever
-        # the reason was. Nothing says what, so it may pass.
+        # Nobody closed it: a file on GCS makes a request when it is first used, and counts as closed if that fails. The
+        # reason is not reported, so the error is taken for transient.
         raise ConnectionAbortedError(
             errno.ECONNABORTED, "could not be opened to read; the client does not say why", path
         )
@@ -324,14 +325,14 @@ def _kind_of(filesystem: pyarrow.fs.FileSystem) -> str:
 
 
 def _local_root(filesystem: pyarrow.fs.FileSystem) -> str | None:
-    """Where on this machine `filesystem` starts: "" for the system's paths, `None` if it is elsewhere."""
+    """Where on this machine `filesystem` starts: "" if its paths are the system's, `None` if it is elsewhere."""
     if isinstance(filesystem, pyarrow.fs.SubTreeFileSystem):
         base = _local_root(filesystem.base_fs)
         return None if base is None else f"{base}{filesystem.base_path}"
     if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
         return ""
-    # fsspec is not a dependency: if its module is not there, no filesystem of it can be either. A subclass may mean
-    # something else by its paths.
+    # fsspec is not a dependency: if its module is not imported, no filesystem can be of it. Not a subclass: its paths
+    # may mean something else.
     module = sys.modules.get("fsspec.implementations.local")
     handler = getattr(filesystem, "handler", None)
     if module is not None and type(getattr(handler, "fs", None)) is module.LocalFileSystem:
@@ -341,7 +342,7 @@ def _local_root(filesystem: pyarrow.fs.FileSystem) -> str | None:
 
 @contextmanager
 def _os_errors(path: str) -> Iterator[None]:
-    """Make every error of a filesystem an `OSError`."""
+    """Turn every error of a filesystem but `MemoryError` into an `OSError`."""
     try:
         yield
     except (OSError, MemoryError):

@@ -1,7 +1,7 @@
-"""What to read: from boxes of tensors to few ranges of bytes in files. Pure; no torch, no I/O.
+"""What to read: turns boxes of tensors into few ranges of bytes in files. Pure; no torch, no I/O.
 
 A piece is a box of one stored chunk. Its bytes are widened to whole blocks, as only a whole block can be checked;
-then pieces that lie close together become one fetch.
+then pieces that lie close together are joined to one fetch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ T = TypeVar("T")
 class ReadLimits:
     """How a rank reads.
 
-    `max_fetch_bytes` is what one request asks for at most (a block may add a little), `max_gap_bytes` what is read
-    along and thrown away rather than ask twice, and `num_threads` how many requests are under way: what a rank reads at
-    a time is bounded by the product of the first and the last.
+    `max_fetch_bytes` is the most that one request asks for (a block may add a little), `max_gap_bytes` the most that is
+    read between two pieces and thrown away, rather than make two requests, and `num_threads` the number of requests at
+    the same time. What a rank has under way is bounded by `max_fetch_bytes * num_threads`.
     """
 
     max_fetch_bytes: int = 8 << 20
@@ -37,7 +37,7 @@ class ReadLimits:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a stored chunk (offsets within the chunk), and which destination it goes to, where in it."""
+    """A box of a stored chunk (offsets within the chunk), the number of its target, and its offsets in the target."""
 
     chunk: StoredChunk
     box: Box
@@ -96,7 +96,7 @@ def fetches_of(pieces: Iterable[Piece], limits: ReadLimits) -> list[Fetch]:
 def joined(
     items: Iterable[T], span: Callable[[T], tuple[str, int, int]], limits: ReadLimits
 ) -> list[tuple[str, int, int, list[T]]]:
-    """What is read in one request: file, first and past-the-last byte, and the items that lie there.
+    """The requests that read `items`: for each, file, first and past-the-last byte, and the items that lie there.
 
     Args:
         items: Sorted by `span`.
@@ -107,7 +107,7 @@ def joined(
         file, first, last = span(item)
         if groups:
             of_group, start, stop, group = groups[-1]
-            # An item within what is fetched already costs nothing, however full the fetch is.
+            # An item within the bytes that are fetched anyway costs nothing, however large the fetch is.
             fits = last <= stop or last - start <= limits.max_fetch_bytes
             if file == of_group and first - stop <= limits.max_gap_bytes and fits:
                 groups[-1] = (file, start, max(stop, last), group)

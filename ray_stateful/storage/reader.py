@@ -1,6 +1,6 @@
-"""DCP's `StorageReader`: reads ranges of bytes, not chunks, and checks each block of them.
+"""A DCP `StorageReader` that reads ranges of bytes, not whole chunks, and checks each block of them.
 
-Works under bare `dcp.load(state, storage_reader=CheckpointReader(uri))`, also for what stock `dcp.save` wrote.
+Works under bare `dcp.load(state, storage_reader=CheckpointReader(uri))`, also on what stock `dcp.save` wrote.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CheckpointReader(StorageReader):
             self._storage, self._path = resolve(os.fspath(checkpoint_id))
             self._opened = None
 
-    # Without **kwargs: DCP then does not fall back, on an error, to a stale metadata file of this rank alone.
+    # Without **kwargs, DCP does not fall back on an error to a metadata file of this rank alone, which may be stale.
     def read_metadata(self) -> Metadata:
         return self._open().metadata()
 
@@ -72,7 +72,7 @@ class CheckpointReader(StorageReader):
         """Fill the planner's tensors, and give it the values.
 
         Raises:
-            DamagedCheckpoint: bytes are missing, or not those that were written.
+            DamagedCheckpoint: bytes are missing, or are not those that were written.
         """
         tensors: list[tuple[ReadItem, torch.Tensor]] = []
         for item in plan.items:
@@ -101,7 +101,7 @@ class CheckpointReader(StorageReader):
         return self._opened
 
     def _value(self, chunk: StoredChunk) -> io.BytesIO:
-        # The planner unpickles what it is given; so it gets a pickle that was made here, not the one in the file.
+        # The planner unpickles what it gets, so this must be a pickle made here, not the one in the file.
         value = value_of(self._storage, self._path, chunk)
         file = io.BytesIO()
         torch.save(value, file)
@@ -110,12 +110,12 @@ class CheckpointReader(StorageReader):
 
 
 def requests_of(chunks: Sequence[StoredChunk], tensor: Any) -> list[Request]:
-    """What fills this rank's part of `tensor`: the boxes that it shares with each stored chunk."""
+    """The requests that fill this rank's part of `tensor`, one for each box that it shares with a stored chunk."""
     return [request for box, local in _local_boxes(tensor) for request in requests_for(chunks, box, local)]
 
 
 def requests_for(chunks: Sequence[StoredChunk], box: Box, tensor: torch.Tensor) -> list[Request]:
-    """What fills `tensor`, which is `box` of a larger one: what it shares with each stored chunk of that."""
+    """The requests that fill `tensor`, which is `box` of the larger tensor that is stored in `chunks`."""
     requests = []
     for chunk in chunks:
         shared = intersection(box, chunk.box)
@@ -130,13 +130,13 @@ def requests_for(chunks: Sequence[StoredChunk], box: Box, tensor: torch.Tensor) 
 
 
 def _local_boxes(tensor: Any) -> Iterator[tuple[Box, torch.Tensor]]:
-    """Which boxes of a tensor are on this rank, and where."""
+    """The boxes of a tensor that are on this rank, each with the local tensor that holds it."""
     if isinstance(tensor, ShardedTensor):
         for shard in tensor.local_shards():
             yield Box(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes)), shard.tensor.detach()
     elif isinstance(tensor, DTensor):
         if tensor.device_mesh.get_coordinate() is not None:
-            # As DCP's own planners ask: it knows of uneven shards, and of one dim that is sharded over two axes.
+            # DCP's own planners ask this way: it handles uneven shards, and a dim that is sharded over two axes.
             (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # untyped in torch
             yield Box(tuple(chunk.offsets), tuple(chunk.sizes)), tensor.to_local().detach()
     else:
@@ -146,7 +146,11 @@ def _local_boxes(tensor: Any) -> Iterator[tuple[Box, torch.Tensor]]:
 def read_requests(
     storage: Storage, path: str, requests: Mapping[str, Sequence[Request]], limits: ReadLimits | None
 ) -> dict[str, ReadStatistics]:
-    """Fill tensors from a checkpoint of either kind, all at once; what each group of requests took."""
+    """Fill tensors from a checkpoint of either kind, all groups at once.
+
+    Returns:
+        What each group of requests asked of storage.
+    """
     limits = limits or ReadLimits()
     placed: dict[str, list[Request]] = {}
     whole: dict[str, list[Request]] = {}
@@ -162,7 +166,7 @@ def read_requests(
 
 
 def value_of(storage: Storage, path: str, chunk: StoredChunk) -> Any:
-    """A value of a checkpoint of either kind; nothing of it is run."""
+    """A value of a checkpoint of either kind, read without running code from it."""
     if chunk.value is not None:
         return values.decode(chunk.value, f"{path}: {chunk.key!r}")
     return foreign.load_item(storage, path, chunk)

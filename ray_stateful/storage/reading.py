@@ -23,7 +23,7 @@ from ray_stateful.storage.ranges import Fetch, Piece, ReadLimits, fetches_of, pi
 
 T = TypeVar("T")
 
-# Elements are moved as unsigned integers of their size: numpy has no bfloat16 and no float8, and need not care.
+# Elements are moved as elements of these types, by size: numpy has no bfloat16 and no float8, and copying needs none.
 _AS_TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 _AS_NUMPY: dict[int, Any] = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
 
@@ -38,13 +38,13 @@ class Request:
 
     @property
     def num_bytes(self) -> int:
-        """Of the box, as it is stored."""
+        """Bytes of the box, as stored."""
         return self.box.num_elements * ITEM_BYTES[self.chunk.dtype or ""]
 
 
 @dataclass(frozen=True, slots=True)
 class ReadStatistics:
-    """What reading cost: bytes and requests asked of storage, and bytes that were wanted."""
+    """What reading cost: the bytes and requests asked of storage, and the bytes that were wanted."""
 
     bytes_read: int = 0
     bytes_wanted: int = 0
@@ -61,10 +61,13 @@ class ReadStatistics:
 def read(
     storage: Storage, path: str, groups: Mapping[str, Sequence[Request]], limits: ReadLimits | None = None
 ) -> dict[str, ReadStatistics]:
-    """Fill the tensors of all requests from the checkpoint in directory `path`; what each group of them took.
+    """Fill the tensors of all requests from the checkpoint in directory `path`.
+
+    Returns:
+        What each group of requests asked of storage.
 
     Raises:
-        DamagedCheckpoint: bytes are missing, or not those that were written. Tensors may be filled in part by then,
+        DamagedCheckpoint: bytes are missing, or are not those that were written. Tensors may be filled in part by then,
             with bytes that were checked.
     """
     limits = limits or ReadLimits()
@@ -87,16 +90,16 @@ def read(
 
 
 def in_threads(jobs: Sequence[Callable[[], T]], limits: ReadLimits) -> list[T]:
-    """What each job returns, as many at a time as `limits` allows.
+    """Run jobs in `limits.num_threads` threads; returns what they return, in their order.
 
-    The error of one, once all before it have ended, ends those that have not begun.
+    The error of the first job, in this order, that fails is raised; jobs that have not begun by then are cancelled.
     """
     with ThreadPoolExecutor(max_workers=limits.num_threads, thread_name_prefix="checkpoint-read") as pool:
         under_way = [pool.submit(job) for job in jobs]
         try:
             return [job.result() for job in under_way]
         except BaseException:
-            # Nothing more is worth reading: the checkpoint is damaged, or storage is out of reach.
+            # Reading on is useless: the checkpoint is damaged, or storage is out of reach.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
@@ -127,13 +130,13 @@ def read_exactly(storage: Storage, path: str, file: str, start: int, stop: int) 
 
 
 def verify_blocks(chunk: StoredChunk, blocks: range, data: memoryview, where: str) -> None:
-    """Check `blocks` of a chunk, whose bytes are `data`.
+    """Check `blocks` of a chunk; `data` has the bytes of these blocks.
 
     Raises:
         DamagedCheckpoint: names the first block that is not what was written.
     """
     if not chunk.checksums:
-        return  # weights that nobody vouches for; the index of a checkpoint of ours is refused without checksums
+        return  # a foreign checkpoint or weights; an index of ours is refused if it has no checksums
     expected = chunk.checksums[blocks.start * CHECKSUM_BYTES : blocks.stop * CHECKSUM_BYTES]
     bad = first_bad_block(data, chunk.block_bytes, expected)
     if bad is not None:
@@ -144,7 +147,7 @@ def verify_blocks(chunk: StoredChunk, blocks: range, data: memoryview, where: st
 def place_checked(
     pieces: Iterable[Piece], targets: Sequence[torch.Tensor], data: memoryview, start: int, where: str
 ) -> None:
-    """Copy pieces to their targets out of `data`, from byte `start` of the file on; each block is checked before.
+    """Check each block of `data`, the bytes of a file from byte `start` on, and copy pieces out of it to their targets.
 
     Raises:
         DamagedCheckpoint: names the first block that is not what was written.
@@ -165,8 +168,10 @@ def _fetch(storage: Storage, path: str, fetch: Fetch, targets: Sequence[torch.Te
 
 
 def _place(piece: Piece, data: memoryview, target: torch.Tensor) -> None:
-    """Copy the piece's elements out of `data`, its whole blocks, to their place in `target`; cast, if it has another
-    dtype: whether it may have was decided when the state was matched."""
+    """Copy the piece's elements out of `data`, the bytes of its whole blocks, to their place in `target`.
+
+    They are cast if `target` has a different dtype: whether that is allowed was decided when the state was matched.
+    """
     item_bytes = ITEM_BYTES[piece.chunk.dtype or ""]
     sizes = piece.box.sizes
     begin = piece.span[0] - piece.blocks.start * piece.chunk.block_bytes

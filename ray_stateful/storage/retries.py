@@ -1,8 +1,8 @@
-"""What is tried again, how often, and when it is over.
+"""Which errors of a storage are tried again, how often, and for how long.
 
-Storage answers "later" (throttling), fails in passing (a server's 5xx, a reset connection, no answer in time), or means
-it (denied, missing, full). Only the first two are tried again, at random intervals that grow, until a budget of time is
-spent. pyarrow has words of its own for each of them; they are all here.
+An error is transient (throttling, a server's 5xx, a reset connection, no answer in time) or permanent (denied, missing,
+full). Only transient errors are tried again, at random intervals that grow, until a time budget is spent. pyarrow words
+each of them in its own way; all of its wordings that we know are here.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How long to go on trying.
+    """How long to go on trying, in seconds.
 
     Attributes:
-        budget_s: Of one operation, or of one whole file, from its first failure on. No try is begun after it.
-        attempt_s: Of one call into the storage. One that takes longer counts as failed in passing.
-        publish_s: Of ending a file, when all that a disk or a client has buffered of it is sent on.
-        first_pause_s: The longest that the first pause can be; each pause is drawn anew from zero to its longest.
-        longest_pause_s: What that grows to, doubling each time.
+        budget_s: For one operation, or one whole file, from its first failure on. No attempt begins after it.
+        attempt_s: For one call into the storage. A call that takes longer counts as a transient error.
+        publish_s: For closing a file, when everything that a disk or a client has buffered of it is sent on.
+        first_pause_s: The upper limit of the first pause; each pause is drawn between zero and its limit.
+        longest_pause_s: What the upper limit grows to, doubling with each pause.
     """
 
     budget_s: float = 120.0
@@ -50,7 +50,7 @@ class RetryPolicy:
     longest_pause_s: float = 10.0
 
     def within(self, timeout_s: float) -> RetryPolicy:
-        """This policy, cut to give up before peers, who wait for `timeout_s`, give up on this rank."""
+        """This policy, shortened so that this rank gives up before its peers, which wait `timeout_s` s for it, do."""
         return replace(
             self,
             budget_s=min(self.budget_s, timeout_s / 4),
@@ -59,16 +59,16 @@ class RetryPolicy:
         )
 
     def pauses(self, draw: Callable[[], float]) -> Iterator[float]:
-        """The pauses between tries, without end. `draw` gives numbers from 0 to 1."""
+        """The pauses between attempts in seconds, without end. `draw` returns random numbers from 0 to 1."""
         longest = self.first_pause_s
         while True:
-            # From zero, not around a middle: ranks that were throttled together come back apart.
+            # From zero up, not around a mean: ranks that were throttled together must not come back together.
             yield draw() * longest
             longest = min(2 * longest, self.longest_pause_s)
 
 
-# Of the system, and not the stream of `random`: that is the training's, and a save must not move it. Nor a stream of
-# our own: forked processes would draw the same pauses from it.
+# The system's random numbers, not those of `random`: that stream belongs to training, and a save must not advance it.
+# Nor a stream of our own: forked processes would draw the same pauses from it.
 _draw = random.SystemRandom().random
 
 _PERMANENT_ERRNOS = frozenset(
@@ -110,7 +110,7 @@ _TRANSIENT_ERRNOS = frozenset(
     }
 )
 
-# Looked for first: "AWS Error ACCESS_DENIED ... HTTP status 403" is not to be taken for the 5xx in its request id.
+# Searched for first: "AWS Error ACCESS_DENIED ... HTTP status 403" must not be taken for the 5xx in its request id.
 _PERMANENT_WORDS = re.compile(
     r"AWS Error (ACCESS_DENIED|INVALID_\w+|NO_SUCH_\w+|RESOURCE_NOT_FOUND|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT)"
     r"|HTTP status (400|401|403|404|405|409|411|412|413|416)\b"
@@ -120,7 +120,7 @@ _PERMANENT_WORDS = re.compile(
     r"|InvalidAccessKeyId|NoSuchBucket|NoSuchKey|SignatureDoesNotMatch|QuotaExceeded)\b"
 )
 _TRANSIENT_WORDS = re.compile(
-    # S3, by the AWS SDK's names, by HTTP status, and by what curl met.
+    # S3, by the AWS SDK's names, by HTTP status, and by curl's error codes.
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|THROTTLING|INTERNAL_FAILURE|REQUEST_TIMEOUT"
     r"|BANDWIDTH_LIMIT_EXCEEDED|REQUEST_LIMIT_EXCEEDED|CLIENT_SIGNING_FAILURE)"
     r"|HTTP status (408|425|429|5\d\d)\b"
@@ -128,17 +128,17 @@ _TRANSIENT_WORDS = re.compile(
     r"|\b(SlowDown|ServiceUnavailable|InternalError|RequestTimeout|ThrottlingException|TooManyRequests|RequestThrottled)\b"
     # GCS, by the status codes of google-cloud-cpp.
     r"|\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|ABORTED)\b"
-    # Azure, by its error codes, and by what its transport says.
+    # Azure, by its error codes, and by the messages of its transport.
     r"|\b(ServerBusy|OperationTimedOut|InternalServerError)\b|\b(429|500|502|503|504) [A-Z]"
     r"|Azure Error: \[\w*\] (408|429|5\d\d)\b"
     r"|Fail(ed)? to (get a new connection|send|poll)|Error while (polling|sending|reading)|Connection (was )?closed"
-    # What sockets say, by way of anything.
+    # Messages of sockets, whatever passes them on.
     r"|[Cc]onnection (reset|refused|aborted|timed out)|[Bb]roken pipe|[Tt]imed? ?out|[Tt]emporar(il)?y",
 )
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether trying again may help. What is not known is taken for permanent: a checkpoint is soon saved again."""
+    """Whether trying again may help. An unknown error counts as permanent: another checkpoint is saved soon anyway."""
     if not isinstance(error, OSError):
         return False
     if isinstance(error, ConnectionError | TimeoutError | InterruptedError):
@@ -150,14 +150,14 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 class RetryingStorage:
-    """`inner`, with transient errors tried again and every call under a deadline.
+    """Storage `inner`, with transient errors tried again and a deadline for every call.
 
-    What fails for good is a `StorageError`, its cause chained; a missing file stays a `FileNotFoundError` where it is
-    read. A sink is not tried again, as what was streamed is gone: its errors stay `OSError`s, and `write_file` streams
-    again.
+    An error that is permanent, or lasts longer than the budget, is raised as a `StorageError`, with its cause chained;
+    only reading a missing file still raises `FileNotFoundError`. A sink can't try again, as what was streamed is gone:
+    its errors stay `OSError`s, and `write_file` streams the file again.
 
     Attributes:
-        retries: How often each operation was tried again, by name.
+        retries: How often each operation was tried again, by the operation's name.
     """
 
     def __init__(self, inner: Storage, policy: RetryPolicy | None = None) -> None:
@@ -174,7 +174,7 @@ class RetryingStorage:
         return f"RetryingStorage({self.inner!r})"
 
     def within(self, timeout_s: float) -> RetryingStorage:
-        """The same storage, which gives up before peers that wait for `timeout_s` do; retries are counted together."""
+        """The same storage with `RetryPolicy.within(timeout_s)`; both count their retries together."""
         limited = RetryingStorage(self.inner, self.policy.within(timeout_s))
         limited.retries, limited._taken, limited._lock = self.retries, self._taken, self._lock
         return limited
@@ -208,7 +208,7 @@ class RetryingStorage:
             self.retries[operation] += 1
 
     def take_retries(self) -> Mapping[str, int]:
-        """The retries since this was last called, by name: each is given once."""
+        """The number of retries since the last call of this method, by the operation's name."""
         with self._lock:
             new = self.retries - self._taken
             self._taken.update(new)
@@ -224,22 +224,23 @@ def write_file(
     producer: Callable[[DeadlineSink], T],
     policy: RetryPolicy | None = None,
 ) -> T:
-    """Stream one file: `producer` writes all of it to the sink it is given, and again from its start to a new one.
+    """Stream one file; after a transient error, stream it again from its start.
 
     Args:
-        path: Of the file; or of the file that a try writes, given its number from 0. A try that hangs is given up,
-            but may still end, and publish or delete what it finds under its name: only a name of its own makes that
-            harmless.
+        path: Of the file; or a function from the number of an attempt, counted from 0, to the path that it writes. An
+            attempt that hangs is given up, but may still end, and publish or delete what it finds at its path: only a
+            path of its own makes that harmless.
+        producer: Writes the whole file to the sink that it is given; called once per attempt, with a new sink.
         policy: By default, that of `storage` if it is a `RetryingStorage`.
 
     Returns:
-        What `producer` returned, of the try that succeeded.
+        What `producer` returned in the attempt that succeeded.
 
     Raises:
         StorageError: the file can't be written, or the budget is spent.
     """
     if isinstance(storage, RetryingStorage):
-        # One budget for the file, and not that of opening it within that of the file.
+        # `inner`, so that there is one budget for the file, and not another for opening it within that.
         inner, limits, note_retry = storage.inner, policy or storage.policy, storage.note_retry
     else:
         inner, limits, note_retry = storage, policy or RetryPolicy(), _ignore
@@ -265,11 +266,15 @@ def retried(
     *,
     in_thread: bool = True,
 ) -> T:
-    """`function()`, tried again as `policy` says.
+    """`function()`, tried again after transient errors as `policy` says.
 
     Args:
         operation: A verb, for the error: "could not read ...".
-        in_thread: Whether each try is a single call into the storage, with the deadline of one.
+        in_thread: Whether each attempt is a single call into the storage, to be made under the deadline of one.
+
+    Raises:
+        FileNotFoundError: there is no such file, and `operation` is "read".
+        StorageError: the error is permanent, or the budget is spent.
     """
     deadline: float | None = None
     for pause in policy.pauses(_draw):
@@ -288,13 +293,13 @@ def retried(
                 raise StorageError(operation, path, cause) from error
             note_retry(operation)
             logger.warning("trying to %s %r again in %.1f s: %s", operation, path, pause, _describe(error))
-        # Not to add to the load that the storage just complained of.
+        # Trying again at once would add to the load that the storage just complained about.
         time.sleep(pause)
     raise AssertionError("pauses have no end")
 
 
 class DeadlineSink:
-    """A sink whose calls end in time, made one after another by one thread."""
+    """A sink whose calls have deadlines; one thread makes them, one after another."""
 
     def __init__(self, inner: Sink, path: str, policy: RetryPolicy) -> None:
         self._inner, self._path, self._policy = inner, path, policy
@@ -320,7 +325,7 @@ class DeadlineSink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._line.stuck:
-            # Dropped once the hanging call returns. Only then: a stream is not to be closed while it is written to.
+            # Closed only once the hanging call returns: a stream must not be closed while it is written to.
             self._line.post(lambda: self._inner.__exit__(kind, error, trace))
             self._line.end()
             return
@@ -331,7 +336,7 @@ class DeadlineSink:
 
 
 def _ignore(operation: str) -> None:
-    """Nobody counts."""
+    """Count nothing: a plain storage has no counter of retries."""
 
 
 def _describe(error: BaseException) -> str:

@@ -1,13 +1,12 @@
-"""Replicas read once: ranks that want the same bytes deal them out among themselves, and send each other what they
-read.
+"""Reads replicas once: ranks that want the same bytes divide the reading, and send each other what they read.
 
-Data parallel replicas hold whole copies of each other's shards (DDP all of it, HSDP along one axis of its mesh,
-tensor parallelism what it replicates). Each of them reading for itself would ask storage as many times for the same
-bytes.
+Data parallel replicas hold copies of each other's shards (DDP of everything, HSDP along one axis of its mesh, tensor
+parallelism of what it replicates). If each of them read for itself, storage would be asked for the same bytes once per
+replica.
 
-Two classes of requests are looked at: those of tensors that a rank holds whole, and those of shards. Ranks whose
-requests of a class are the same are a group. Everything is decided from digests that all ranks have, so all enter
-the same collectives.
+There are two classes of requests: those of tensors that a rank holds whole, and those of shards. Ranks whose requests
+of a class are the same form a group. Everything is decided from digests that all ranks have, so all ranks enter the
+same collectives.
 """
 
 from __future__ import annotations
@@ -25,17 +24,18 @@ from ray_stateful.format.checksums import RunningChecksum
 from ray_stateful.ranks import Ranks
 from ray_stateful.storage.reading import Request
 
-# What is sent at once, and the memory that sending takes.
+# The most that is sent at once, which is also the memory that sending takes.
 _BUCKET_BYTES = 32 << 20
 
-# What has one reader for all, and what a small request counts for in that: around each lies an archive.
+# Requests of up to so many bytes in all have one reader; a smaller request counts as `_LEAST_BYTES` in this sum, as its
+# tensor is stored with an archive around it.
 _TOGETHER_BYTES = 1 << 20
 _LEAST_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Ranks that want the same: `requests` of this rank, in an order that is the same on all of them."""
+    """Ranks that want the same bytes. `requests` are this rank's, in an order that is the same on all of them."""
 
     ranks: tuple[int, ...]
     requests: tuple[Request, ...]
@@ -43,7 +43,7 @@ class Group:
     def reader_of(self) -> list[int]:
         """Which rank of the group reads each request: the one with the fewest bytes so far.
 
-        What is little altogether has one reader, and is sent once.
+        If the requests are small altogether, one rank reads them all, and sends them at once.
         """
         if sum(max(_num_bytes(request), _LEAST_BYTES) for request in self.requests) <= _TOGETHER_BYTES:
             return [self.ranks[0]] * len(self.requests)
@@ -58,13 +58,13 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Who reads what. `groups` are those of this rank, `memberships` those of all ranks in one order."""
+    """Who reads what. `groups` are those with this rank; `memberships` has the ranks of every group, in one order."""
 
     groups: tuple[Group, ...]
     memberships: tuple[tuple[int, ...], ...]
 
     def read_by(self, rank: int) -> Callable[[Request], bool]:
-        """Whether a request is one that `rank` is to read itself."""
+        """A function that tells whether `rank` must read a request itself."""
         others = {
             id(request)
             for group in self.groups
@@ -85,15 +85,15 @@ def classes_of(whole: Iterable[Request], shards: Iterable[Request]) -> list[list
 
 
 def digests(classes: Sequence[Sequence[Request]]) -> list[int]:
-    """What `share` has to know of each rank: an integer for each class."""
+    """What `share` has to know about each rank: an integer for each class."""
     return [_digest(requests) for requests in classes]
 
 
 def share(classes: Sequence[Sequence[Request]], everyone: Sequence[Sequence[int]], mine: int) -> Shared:
-    """Find the ranks that want the same. Pure.
+    """Find the ranks that want the same bytes. Pure.
 
     Args:
-        classes: Of this rank, as of `classes_of`.
+        classes: This rank's requests, as `classes_of` returns them.
         everyone: The `digests` of every rank, in rank order.
         mine: This rank.
     """
@@ -113,14 +113,14 @@ def share(classes: Sequence[Sequence[Request]], everyone: Sequence[Sequence[int]
 
 
 def exchange(shared: Shared, ranks: Ranks) -> None:
-    """Send every rank what its replicas read. Collective: of all ranks, after all of them have read.
+    """Send every rank what its replicas read. Collective: all ranks call it, after all of them have read.
 
     Raises:
         RankTimeout: a rank did not send in time.
     """
     mine = iter(shared.groups)
     for members in shared.memberships:
-        # Made by all ranks, also by those that are not in it.
+        # `new_group` is a collective: all ranks call it, also those that are not in the group.
         timeout = timedelta(seconds=ranks.timeout_s)
         channel = ranks.group
         if len(members) < ranks.world_size:
@@ -154,12 +154,12 @@ class _Broadcast:
         dist.broadcast(bucket, src=self.reader, group=self.channel)
         if self.rank != self.reader:
             for part, tensor in zip(parts, tensors, strict=True):
-                # Copied out first: a slice of the bucket need not begin where its dtype may.
+                # Cloned first: a slice of the bucket may begin at a byte that is not aligned for its dtype.
                 tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
 def _buckets(group: Group) -> Iterator[tuple[int, list[Request]]]:
-    """Requests of one reader together, up to the size of a bucket; one that is larger goes alone, in parts."""
+    """Each reader's requests, joined up to the size of a bucket; a larger request is split into parts."""
     of_reader: dict[int, list[Request]] = defaultdict(list)
     for reader, request in zip(group.reader_of(), group.requests, strict=True):
         of_reader[reader] += _parts(request)
@@ -175,7 +175,7 @@ def _buckets(group: Group) -> Iterator[tuple[int, list[Request]]]:
 
 
 def _parts(request: Request) -> list[Request]:
-    """A request whose tensor is larger than a bucket, row by row or in runs of rows."""
+    """A request, split by rows or runs of rows if its tensor is larger than a bucket; none if it is empty."""
     num_bytes, tensor = _num_bytes(request), request.into
     if num_bytes <= _BUCKET_BYTES or tensor.dim() == 0 or tensor.shape[0] < 2:
         return [request] if num_bytes else []
@@ -196,6 +196,6 @@ def _digest(requests: Sequence[Request]) -> int:
         return 0
     digest = RunningChecksum()
     for request in requests:
-        # What is sent is what was made of the bytes: a rank with another dtype has to make it itself.
+        # The tensor is sent after casting, not the stored bytes: a rank with a different dtype has to read for itself.
         digest.update(repr((*_identity(request), request.chunk.dtype, request.into.dtype)).encode())
     return (int(digest.hexdigest(), 16) >> 1) | 1

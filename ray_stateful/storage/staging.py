@@ -1,7 +1,7 @@
 """A copy of this rank's shards in host memory, so that training may change them while they are written.
 
 The buffers are kept and used again: after the first save, staging allocates nothing. They may be filled again only
-when what reads them has ended.
+when nothing reads them any more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-# What FSDP1 saves. A shard is told from others of the same tensor by its offsets; a DTensor has one a rank.
+# The offsets of a shard of a `ShardedTensor`, which FSDP1 saves: a rank may have several shards of one. `None` for a
+# DTensor, which has one shard per rank, and for a plain tensor.
 Offsets = tuple[int, ...] | None
 
 
@@ -28,8 +29,8 @@ class Staging:
     def fill(self, flat: Mapping[str, Any]) -> StagedTensors:
         """Copy the local tensors of a flat state dict.
 
-        Copies from a CUDA device run on a stream of their own, to pinned memory. What the training stream does next
-        waits for them on the device, and the host does not: `StagedTensors.wait` is for whoever reads the copies.
+        Copies from a CUDA device run on a stream of their own, to pinned memory. The training stream waits for them on
+        the device, but the host does not: before reading the copies, call `StagedTensors.wait`.
         """
         staged: dict[tuple[str, Offsets], torch.Tensor] = {}
         events: list[torch.cuda.Event] = []
@@ -38,14 +39,14 @@ class Staging:
             buffer = self._buffer(key, offsets, tensor)
             staged[key, offsets] = buffer
             if tensor.device.type == "cuda":
-                # What is conjugated or negated by name only would be so on the host, before the bytes are there.
+                # A lazily conjugated or negated tensor would be resolved on the host, before its bytes have arrived.
                 tensor = tensor.resolve_conj().resolve_neg()
                 on_device.setdefault(tensor.device, []).append((buffer, tensor))
             else:
                 buffer.copy_(tensor)
         for device, copies in on_device.items():
             events.append(self._copy_on_stream(device, copies))
-        # Whatever is not in this state any more would only be kept for nothing.
+        # Drop the buffers of tensors that are no longer in the state.
         self._buffers = dict(staged)
         return StagedTensors(staged, events)
 
@@ -53,7 +54,8 @@ class Staging:
         known = self._buffers.get((key, offsets))
         if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
             return known
-        # Pinned, or a copy would make the host wait for the device; and only then, as pinning is slow and scarce.
+        # Without pinned memory, copying from a device makes the host wait. Pinning is slow and pinned memory scarce, so
+        # nothing else is pinned.
         pinned = tensor.device.type == "cuda"
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
 
@@ -69,7 +71,7 @@ class Staging:
         with torch.cuda.stream(stream):
             for buffer, tensor in copies:
                 buffer.copy_(tensor, non_blocking=True)
-        # Whoever waits for it gives its core away meanwhile: it is training's.
+        # Blocking: a thread that waits for the event leaves its CPU core to training.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # untyped in torch
         stream.record_event(event)
         # ... and the next one must not write before it is copied.
@@ -78,7 +80,7 @@ class Staging:
 
 
 class StagedTensors:
-    """What was copied, to be found by key and offsets."""
+    """The copies, by key and offsets."""
 
     def __init__(self, tensors: dict[tuple[str, Offsets], torch.Tensor], events: list[torch.cuda.Event]) -> None:
         self._tensors, self._events = tensors, events
@@ -86,12 +88,12 @@ class StagedTensors:
     def wait(self) -> None:
         """Wait until all copies are there."""
         for event in self._events:
-            # A thread's device is the first one until it says otherwise, and a context there takes memory of it.
+            # A new thread's current device is the first one, and using it would create a context that takes its memory.
             with torch.cuda.device(event.device):
                 event.synchronize()
 
     def get(self, key: str, offsets: Offsets) -> torch.Tensor:
-        """The copy of a tensor's local shard; `offsets` tell several shards of one tensor apart."""
+        """The copy of a tensor's local shard; `offsets` distinguish several shards of one tensor."""
         found = self._tensors.get((key, offsets))
         return self._tensors[key, None] if found is None else found
 

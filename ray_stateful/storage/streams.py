@@ -1,8 +1,8 @@
-"""Between threads, a CUDA device keeps no order by itself: each thread has a current stream of its own.
+"""Orders CUDA work between threads, which a device does not do by itself: each thread has its own current stream.
 
-What the calling thread has queued on a stream of its choice (`with torch.cuda.stream(...)`) another thread, which is on
-the default stream, does not wait for. So whoever hands tensors to other threads waits for the device, before and
-after. On the host there is nothing to wait for.
+What the calling thread has queued on a stream of its choice (`with torch.cuda.stream(...)`) is not waited for by a
+different thread, which is on the default stream. So code that hands tensors to other threads waits for the device
+before and after. For host tensors there is nothing to wait for.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Reads a pickle with a list of what it may do, instead of whatever it says.
+"""Reads a pickle, doing only what is on a list, instead of whatever the pickle says.
 
-A pickle is a program. Refusing the names it asks for is not enough: with the types that are allowed it can still set
-attributes of a class for the whole process (BUILD on the class itself), have an index of its own memo filled with
-gigabytes of nothing (LONG_BINPUT), or use a tuple of tuples of tuples as a dict key, whose hash takes for ever. So
-here the instructions are listed too, and what they may be applied to. In Python, as pickle's C reader can't be told.
+A pickle is a program. Refusing names that it asks for is not enough: with the allowed types alone it can still set
+attributes of a class for the whole process (BUILD on the class itself), make the reader allocate gigabytes for its memo
+(LONG_BINPUT with a large index), or use a tuple of tuples of tuples as a dict key, whose hash takes for ever. So the
+instructions are listed here too, and what they may be applied to. In Python, as pickle's C reader can't be restricted.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-# A list of a pickle is a byte, and 64 in memory. What DCP writes has a list or dict in 30 bytes, and in 5 an object of
-# any kind that is no text or number.
+# An empty list takes one byte in a pickle, and 64 in memory. What DCP writes has one list or dict per 30 bytes, and per
+# 5 bytes one object of any kind that is neither text nor number.
 _FREE_OBJECTS = 1 << 18
 _MIN_LIST_BYTES, _MIN_OBJECT_BYTES = 16, 4
-# A text's hash can't be chosen: it depends on a secret of the process.
+# The most keys with the same hash, not counting texts: their hashes can't be chosen, as they depend on a secret of the
+# process.
 MAX_EQUAL_HASHES = 1000
 
 _INSTRUCTIONS = (
@@ -63,26 +64,27 @@ _INSTRUCTIONS = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Name:
-    """What a pickle's name for a function or class becomes: something that has no attributes to set."""
+    """Stands for a function or class that a pickle names: it has no attributes that the pickle could set."""
 
     target: Any
 
 
-# The reader in Python: the one in C, which typeshed describes, has no table of instructions.
+# pickle's reader in Python: the one in C, which typeshed describes, has no table of instructions.
 _Reader: Any = pickle._Unpickler
 
 
 class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see above
-    """Reads one pickle, of dataclasses and plain containers.
+    """Reads one pickle of dataclasses and plain containers.
 
     Args:
         data: The pickle.
-        values: By module and name, what stands for itself.
-        functions: What may be called, with what the pickle gives it.
-        classes: What may be made, and given its own fields; an own `__setstate__` is called.
-        is_key: Whether a dict may have a key, which is hashed only then.
+        values: Objects that the pickle may use as they are, by module and name.
+        functions: Functions that it may call with any arguments, by module and name.
+        classes: Dataclasses that it may make, setting their fields, by module and name; `__setstate__` is called if a
+            class has one.
+        is_key: Whether an object may be a dict key; called before the object is hashed.
 
-    `load` raises `pickle.UnpicklingError` at what is not allowed, and anything at all at what is damaged.
+    `load` raises `pickle.UnpicklingError` for what is not allowed, and may raise any exception for a damaged pickle.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         if type(made) not in self._classes.values():
             raise pickle.UnpicklingError(f"sets attributes of a {type(made).__name__}")
         if hasattr(type(made), "__setstate__"):
-            # It may print what it does not expect, and to print tuples of tuples of tuples can take for ever.
+            # It may print a state that it does not expect, and printing tuples of tuples of tuples can take for ever.
             if type(state) is not tuple or any(isinstance(value, tuple | list | dict) for value in state):
                 raise pickle.UnpicklingError(f"has no such {type(made).__name__}")
             made.__setstate__(state)
@@ -154,7 +156,7 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         if type(target) is not dict or not self._is_key(key):
             raise pickle.UnpicklingError(f"sets a {type(key).__name__} as a key of a {type(target).__name__}")
         if type(key) is not str:
-            # Numbers, and tuples of them, can be chosen so that a dict has to compare each with each.
+            # Numbers, and tuples of them, can be chosen so that a dict has to compare each with every other.
             self._hashes[hash(key)] += 1
             if self._hashes[hash(key)] > MAX_EQUAL_HASHES:
                 raise pickle.UnpicklingError(f"has more than {MAX_EQUAL_HASHES} keys of one hash")

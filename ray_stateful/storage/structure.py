@@ -1,4 +1,4 @@
-"""What flattening a state dict loses: the types of dict keys, and of containers that hold no tensor. Pure."""
+"""Flattens state dicts, keeping what DCP's flattening loses: types of dict keys, containers without tensors. Pure."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.format.rows import IntKey, KeyPath
 
-# Looked up by exact type first: to ask whether something is a Mapping or a Tensor is a call into Python.
+# Looked up by exact type first, as `isinstance` with Mapping or Tensor calls into Python.
 _SCALARS = frozenset({bool, float, int, str, type(None)})
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _LEAVES = _SCALARS | PLAIN_TENSORS | {DTensor}
 
 
 class PerRank(dict[str, Any]):
-    """One rank's own entry of a part: never stored as one value under its name, which other ranks use too."""
+    """One rank's own entry of a part: never stored whole as one value, as other ranks use the same name."""
 
 
 def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, KeyPath], dict[str, Any], dict[str, Any]]:
-    """Flatten a state dict as DCP does, but for the largest containers without a tensor, which stay whole.
+    """Flatten a state dict as DCP does, but keep the outermost containers without a tensor whole.
 
     Returns:
-        By flat key: the typed path of every entry, with ints among the dict keys as `IntKey`; the leaves; and those
-        containers, the trees.
+        Three dicts by flat key: the typed path of every entry, with ints among the dict keys as `IntKey`; the leaves;
+        and the containers that were kept whole, the trees.
 
     Raises:
         UnsupportedState: a dict above a tensor has a key that is neither a string nor an int; or two entries have the
             same flat key.
     """
-    # In one pass and with next to nothing for each entry: training stands still for it.
+    # In one pass, with as little work for each entry as possible: training waits meanwhile.
     paths: dict[str, KeyPath] = {}
     leaves: dict[str, Any] = {}
     trees: dict[str, Any] = {}
@@ -49,12 +49,12 @@ def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, KeyPath], dict[str
 
 
 def two_of(key: str) -> UnsupportedState:
-    """The error of two entries that are one by their flat keys."""
+    """The error for two entries that have the same flat key."""
     return UnsupportedState(key, "one of two entries of this name", "name them apart, as texts joined by dots")
 
 
 def put(nested: Any, path: KeyPath, value: Any) -> Any:
-    """Put `value` at `path` of `nested`, making dicts and lists where there is nothing yet; returns the root."""
+    """Put `value` at `path` in `nested`, making missing dicts and lists on the way; returns the root."""
     if not path:
         return value
     step, rest = path[0], path[1:]
@@ -70,9 +70,9 @@ def put(nested: Any, path: KeyPath, value: Any) -> Any:
 
 
 def remove(nested: Any, path: KeyPath) -> None:
-    """Take the dict entry at `path` out of `nested`, and each dict on the way that has nothing else in it.
+    """Remove the dict entry at `path` from `nested`, and each dict on the way that has nothing else in it.
 
-    Left behind, an empty one would say that there was such a dict, and that it was empty.
+    An empty dict left behind would say that the state had this dict, and that it was empty.
     """
     step, rest = path[0], path[1:]
     if rest:
@@ -82,7 +82,7 @@ def remove(nested: Any, path: KeyPath) -> None:
 
 
 def copy_containers(value: Any) -> Any:
-    """The same dicts and lists anew, around the same leaves."""
+    """A copy of the dicts and lists of `value`, with the same leaves."""
     if isinstance(value, Mapping):
         return {key: copy_containers(child) for key, child in value.items()}
     if isinstance(value, list):
@@ -96,17 +96,17 @@ def is_tensor(value: Any) -> bool:
 
 
 def refuse_wrapper(key: str, tensor: Any) -> None:
-    """Refuse a tensor whose elements are other tensors', such as codes and a scale; also as the shard of a DTensor.
+    """Refuse a tensor whose elements are in other tensors, such as codes and a scale; also as the shard of a DTensor.
 
-    It has no memory of its own: what is read into it would be lost, and the part would keep what it had.
+    It has no memory of its own: what a restore reads into it would be lost, and the part would keep its old values.
 
     Raises:
-        UnsupportedState: it is one.
+        UnsupportedState: `tensor` is such a tensor.
     """
     if isinstance(tensor, DTensor):
         with torch.no_grad():
             tensor = tensor.to_local()
-    # The result of a collective is one as well, and waits for its elements.
+    # The result of a collective is a wrapper too, but a fine one: it waits for its elements.
     if type(tensor) in PLAIN_TENSORS or isinstance(tensor, ShardedTensor | AsyncCollectiveTensor):
         return
     if is_traceable_wrapper_subclass(tensor) or _has_no_memory(tensor):
@@ -118,19 +118,19 @@ def refuse_wrapper(key: str, tensor: Any) -> None:
 
 
 def _has_no_memory(tensor: torch.Tensor) -> bool:
-    # One of `FakeTensorMode`, which plans are made of, has some on the device "meta".
+    # The memory of a tensor of `FakeTensorMode`, which plans are made with, is on the device "meta".
     return tensor.numel() > 0 and tensor.untyped_storage().device.type != "meta" and tensor.data_ptr() == 0
 
 
 def is_whole(tensor: Any) -> bool:
-    """Whether a tensor is the same on every rank that has it: a plain one, or a DTensor that is replicated."""
+    """Whether every rank that has a tensor has all of it: a plain tensor, or a DTensor that is replicated."""
     if isinstance(tensor, DTensor):
         return all(placement.is_replicate() for placement in tensor.placements)
     return isinstance(tensor, torch.Tensor)
 
 
 def meshes_of(values: Iterable[Any]) -> tuple[Mapping[str, int], ...]:
-    """The device meshes that tensors are sharded over: axis names to sizes, each mesh once."""
+    """The device meshes of the DTensors among `values`: axis names to sizes; meshes with equal ones only once."""
     meshes = {id(value.device_mesh): value.device_mesh for value in values if isinstance(value, DTensor)}
     found: dict[tuple[tuple[str, int], ...], None] = {}
     for mesh in meshes.values():
@@ -161,7 +161,7 @@ def _children(value: Any) -> list[tuple[Any, Any]] | None:
         return None
     if isinstance(value, Mapping):
         return list(value.items())
-    # A tuple is a leaf, as it is for DCP: with the tensors in it, it is stored as one value.
+    # A tuple is a leaf, as for DCP: it is stored as one value, with any tensors in it.
     if isinstance(value, list):
         return list(enumerate(value))
     return None

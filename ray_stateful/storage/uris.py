@@ -1,4 +1,4 @@
-"""From a URI, or a path of this machine, to a storage and a path on it."""
+"""Turns a URI, or a path of this machine, into a storage and a path on it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import pyarrow.fs
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.retries import RetryingStorage
 
-# Seconds. A request that moves no byte for so long is hung: the default of the AWS client is 90 s with its retries.
+# Seconds. A request that moves no byte for so long counts as hung; by default, the AWS client takes 90 s with retries.
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 20.0
 
 
-# What looks like a path, and was meant to be a URI.
+# The beginning of a path that was meant to be a URI.
 _ONE_SLASH = re.compile("(file|s3|gs|gcs|abfs|abfss|hdfs):", re.IGNORECASE)
 
-# Of queries. pyarrow knows a few of them and refuses the others, in an error with the URI in it.
+# Query parameters that are secrets. pyarrow knows a few of them and refuses the others, in an error that has the URI.
 _SECRETS = (
     "access_key|access_key_id|access_token|account_key|aws_access_key_id|aws_secret_access_key|client_secret|password"
     "|sas_token|secret_access_key|secret_key|session_token|sig|token"
 )
-# A text before the "@" with a colon in it, whatever else there is; or a query with one of these.
+# Anything with a colon in it before an "@"; or a query with one of these parameters.
 _SECRET = re.compile(rf"://.*:.*@|[?&](?:{_SECRETS})=", re.IGNORECASE | re.DOTALL)
 
 
@@ -39,13 +39,14 @@ def resolve(uri: str) -> tuple[RetryingStorage, str]:
 
     Raises:
         OSError: the storage can't be reached.
-        ValueError: no filesystem is known for the scheme, or `uri` is none that names one place.
+        ValueError: no filesystem is known for the scheme, or `uri` is malformed or ambiguous.
     """
     scheme, colon, _ = uri.partition("://")
     if not colon:
         _refuse_ambiguous(uri)
         return RetryingStorage(PyarrowStorage(pyarrow.fs.LocalFileSystem())), os.path.abspath(uri)
-    # Both would be dropped without a word, and two runs would be one. The URI is not shown: a secret may be why.
+    # What follows would be silently dropped, and two runs would share a directory. The URI is not shown: the character
+    # may be part of a secret.
     if "#" in uri:
         raise ValueError(f"a {scheme}:// URI with a '#' in it, which ends it: write %23 for a '#' of a name or secret")
     if scheme.lower() == "file" and "?" in uri:
@@ -55,7 +56,7 @@ def resolve(uri: str) -> tuple[RetryingStorage, str]:
     except ValueError:
         if not _SECRET.search(uri):
             raise
-        # Whole or in parts, pyarrow's error has the URI in it; so it is not chained, either.
+        # pyarrow's error has the URI in it, whole or in parts; so it is not even chained.
         raise ValueError(
             f"a {scheme}:// URI can't be read. Why is not shown, as there is a secret in it: try it without that. In a "
             "secret, write %2F for a '/', and the like for all but letters and digits; or give it by the environment"
@@ -64,10 +65,10 @@ def resolve(uri: str) -> tuple[RetryingStorage, str]:
 
 
 def _refuse_ambiguous(path: str) -> None:
-    """Refuse a path of this machine that would be a directory of the working directory, and was not meant to be.
+    """Refuse a path that would name a directory in the working directory, but was meant differently.
 
     Raises:
-        ValueError: it is one.
+        ValueError: `path` is empty, is or begins with `~`, or begins with a scheme but has no `//` after it.
     """
     scheme = _ONE_SLASH.match(path)
     if not path:
@@ -79,7 +80,7 @@ def _refuse_ambiguous(path: str) -> None:
 
 
 def located(place: Any) -> tuple[RetryingStorage, str]:
-    """The same for what may be a `ray.train.Checkpoint`, which knows its filesystem; or a path object.
+    """Like `resolve`, for a `ray.train.Checkpoint`, which knows its filesystem, a path object, or a URI.
 
     Raises:
         OSError, ValueError: as `resolve`.
@@ -90,15 +91,15 @@ def located(place: Any) -> tuple[RetryingStorage, str]:
 
 
 def with_timeouts(filesystem: pyarrow.fs.FileSystem) -> pyarrow.fs.FileSystem:
-    """`filesystem`; or, if it is of S3 or GCS, one like it that gives up in time.
+    """`filesystem`; or, if it is on S3 or GCS, one like it that gives up on requests in time.
 
-    That of S3 also writes a small file in one request, instead of five.
+    On S3, the returned one also writes a small file in one request, instead of five.
     """
     if filesystem.type_name == "gcs":
         return _with_retry_limit(filesystem)
     if not isinstance(filesystem, pyarrow.fs.S3FileSystem):
         return filesystem
-    # What pickling keeps of a filesystem is all of it but the retry strategy; its default is what `from_uri` set.
+    # Pickling keeps everything of a filesystem except the retry strategy, and `from_uri` set the default one.
     rebuild, (options,) = filesystem.__reduce__()
     return rebuild(
         {
@@ -111,22 +112,22 @@ def with_timeouts(filesystem: pyarrow.fs.FileSystem) -> pyarrow.fs.FileSystem:
 
 
 def _with_retry_limit(filesystem: pyarrow.fs.FileSystem) -> pyarrow.fs.FileSystem:
-    """One like `filesystem`, of GCS, that tries again for seconds, and not for minutes.
+    """A GCS filesystem like `filesystem` that retries for seconds, not for minutes.
 
-    It begins the first request for a file's bytes with the interpreter's lock held: for as long as it tries that again
-    no thread of the process runs, and no deadline of ours does.
+    It makes the first request for a file's bytes while it holds the GIL: as long as it retries that request, no other
+    thread of the process runs, and none of our deadlines works.
     """
     rebuild, (options,) = filesystem.__reduce__()
     return rebuild({**options, "retry_time_limit": options["retry_time_limit"] or timedelta(seconds=REQUEST_TIMEOUT_S)})
 
 
 def without_credentials(uri: str) -> str:
-    """`uri`, or a text with one in it, to be shown and kept: without the secrets that pyarrow takes in it.
+    """`uri`, or a text that contains URIs, without the secrets that pyarrow takes in them: safe to show and keep.
 
-    They stand before the host, or in the query of an Azure URI.
+    The secrets stand before the host, or in the query of an Azure URI.
     """
-    # "container@account", without a colon, is where an Azure blob is; and what is a number after the colon is a port. A
-    # secret may have a slash in it: then the URI can't be read, and the error says which it was.
+    # "container@account", without a colon, is where an Azure blob is, and a number after a colon is a port. A secret
+    # may have a slash in it: such a URI can't be read, but the error has it.
     uri = re.sub(
         r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^/?#:@\s]*:(?![0-9]+(?:[/?#\s]|$))(?:[^/?#\s]*@|[^?#\s]*@)", r"\1", uri
     )
@@ -134,7 +135,7 @@ def without_credentials(uri: str) -> str:
 
 
 def below(uri: str, name: str) -> str:
-    """The URI of `name` in directory `uri`; what follows a "?" is about the storage, and stays last."""
+    """The URI of `name` in directory `uri`; the query, after a "?", configures the storage, and stays last."""
     if "://" not in uri:
         return posixpath.join(uri, name)
     path, question, query = uri.partition("?")

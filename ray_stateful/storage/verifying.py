@@ -1,4 +1,4 @@
-"""Whether a file is, byte for byte, what was written. In bounded memory; no torch."""
+"""Verifies that a file is, byte for byte, what was written. In bounded memory; no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def verify_file(storage: Storage, path: str, expected: StoredFile) -> None:
     """Read the file at `path` whole and compare its size and checksum with the manifest's.
 
     Raises:
-        DamagedCheckpoint: it is missing, of another size, or not what was written.
+        DamagedCheckpoint: the file is missing or cut short, or its checksum is different.
     """
     found, offset = RunningChecksum(), 0
     while offset < expected.size:

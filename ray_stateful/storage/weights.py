@@ -1,7 +1,7 @@
-"""Weights from elsewhere, opened like a checkpoint: safetensors in the Hugging Face layout are one without checksums.
+"""Weights from elsewhere: opens safetensors in the Hugging Face layout as a checkpoint without checksums.
 
-So matching, ranged reads, sharing and import are those of a checkpoint. In two steps, as `opening` has them: `fetch`
-reads headers on rank 0, `parse` makes the same of them on every rank. Nothing of a file is run. No torch.
+So matching, ranged reads, sharing and import work as for a checkpoint. There are two steps, as in `opening`: `fetch`
+reads headers on rank 0, `parse` makes the same of them on every rank. No code of a file is run. No torch.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _NUM_THREADS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawWeights:
-    """What describes safetensors in directory `path`: of each file its size in bytes, and its header's text.
+    """What describes the safetensors in directory `path`: for each file, its size in bytes and its header's text.
 
-    `index` is the path of the index, and `promised` the tensors that it names: none, if there is no index.
+    `index` is the path of the index, and `promised` has the tensors that it names: none if there is no index.
     """
 
     path: str
@@ -43,13 +43,13 @@ class RawWeights:
 
 
 def fetch(storage: Storage, path: str) -> RawWeights | RawCheckpoint:
-    """Read what describes the weights at `path`, and none of their bytes.
+    """Read what describes the weights at `path`, but not the weights themselves.
 
     Args:
         path: A safetensors file, a directory of them, or the directory of a checkpoint: of this package, or of DCP.
 
     Raises:
-        DamagedCheckpoint: nothing of these kinds is there, or a file is missing.
+        DamagedCheckpoint: none of these is there, or a file is missing.
         HostileCheckpoint: a file is not what its name says.
     """
     if path.endswith(hf_layout.SUFFIX):
@@ -83,7 +83,7 @@ def fetch(storage: Storage, path: str) -> RawWeights | RawCheckpoint:
 def parse(raw: RawWeights | RawCheckpoint) -> OpenCheckpoint:
     """Check and decode what `fetch` read. Pure: the same on every rank.
 
-    Safetensors have no parts: their entries have the names that the files give them, and nothing above.
+    Safetensors have no parts: an entry's name is the one in the file, without the name of a part before it.
 
     Raises:
         DamagedCheckpoint, HostileCheckpoint: as `opening.parse`; or a header is not what a writer makes.
@@ -97,7 +97,7 @@ def parse(raw: RawWeights | RawCheckpoint) -> OpenCheckpoint:
             if weight.name in chunks:
                 raise DamagedCheckpoint(where, f"{weight.name!r} is in another file as well")
             chunks[weight.name] = (_row(file, weight),)
-    # A file of another model, or of another version of it, has its place and none of its tensors.
+    # A file of a different model or version may have the right name, but none of the tensors.
     missing = sorted(raw.promised - chunks.keys())
     if missing:
         raise DamagedCheckpoint(
@@ -113,7 +113,7 @@ def has_parts(opened: OpenCheckpoint) -> bool:
 
 
 def below(opened: OpenCheckpoint, part: str) -> OpenCheckpoint:
-    """The same with all entries below `part`."""
+    """A copy of `opened` with all entries below the name `part`."""
     chunks = {
         f"{part}.{key}": tuple(replace(row, key=f"{part}.{key}", path=(part, *row.path)) for row in rows)
         for key, rows in opened.chunks.items()
@@ -122,7 +122,7 @@ def below(opened: OpenCheckpoint, part: str) -> OpenCheckpoint:
 
 
 def _sizes(storage: Storage, path: str) -> dict[str, int]:
-    """The files of a directory; also weights behind links, which is how the cache of Hugging Face keeps them."""
+    """The sizes of a directory's files, including weights behind links, as in the cache of Hugging Face."""
     sizes = dict(storage.sizes(path))
     filesystem = getattr(getattr(storage, "inner", storage), "filesystem", None)
     if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
@@ -134,14 +134,14 @@ def _sizes(storage: Storage, path: str) -> dict[str, int]:
 
 
 def _headers(storage: Storage, directory: str, sizes: Mapping[str, int], names: Sequence[str]) -> RawWeights:
-    # Before any is asked for: an index may name as many as it likes.
+    # Checked before any file is read: an index may name any number of files.
     for name in names:
         if name not in sizes:
             raise DamagedCheckpoint(posixpath.join(directory, name), "the file is missing")
 
     def header(name: str) -> tuple[int, bytes]:
         where = posixpath.join(directory, name)
-        # Its length is held against the file's before so much is asked for.
+        # `header_bytes` compares the header's length with the file's size before that many bytes are read.
         length = hf_layout.header_bytes(storage.read(where, 0, 8), sizes[name], where)
         return sizes[name], read_exactly(storage, directory, name, 8, 8 + length)
 
@@ -160,7 +160,7 @@ def _row(file: str, weight: Weight) -> StoredChunk:
         item_offset=weight.offset,
         item_length=weight.num_bytes,
         data_offset=weight.offset,
-        # Without checksums nothing has to be read whole: a block is an element, and a read ends where its box does.
+        # There are no checksums, so a block is one element: a read need not be widened beyond its box.
         block_bytes=ITEM_BYTES[weight.dtype],
         checksums=b"",
     )

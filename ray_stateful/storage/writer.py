@@ -1,6 +1,6 @@
-"""DCP's `StorageWriter`: items go to storage as they are, several files at a time, checksums on the way.
+"""A DCP `StorageWriter`: streams items to storage, several files at a time, and computes checksums on the way.
 
-No temporary directory, no second copy: a tensor's bytes are handed to the filesystem from where they lie (from one
+No temporary directory, no second copy: a tensor's bytes are handed to the filesystem from where they are (from one
 tensor-sized host copy, for a tensor on a device). Works under bare `dcp.save(state,
 storage_writer=CheckpointWriter(uri))` as well.
 """
@@ -42,13 +42,13 @@ from ray_stateful.storage.uris import resolve
 
 DEFAULT_NUM_FILES = 2
 
-# A rank's; numbers from here on are those of files that were tried again.
+# Per rank. Numbers from here on are those of files that were tried again.
 _MAX_FILES = 10_000
 
-# Small enough that hashing one part while the filesystem takes another keeps both in cache.
+# Small enough that one part that is hashed and one that the filesystem takes at the same time both stay in cache.
 _PART_BYTES = 4 << 20
 
-# Handed to the storage together: each call has a deadline, and with it the price of waking a thread.
+# How many bytes are handed to the storage in one call: each call has a deadline, which costs waking a thread.
 _TOGETHER_BYTES = 4 << 20
 
 
@@ -61,8 +61,8 @@ class CheckpointWriter(StorageWriter):
         num_files: Files this rank writes at a time, each in a thread of its own.
         description: What the manifest says besides the files.
 
-    `num_bytes` is the size of the item files that this rank wrote. `may_be_committed` says that the manifest was sent:
-    also where that failed, as a storage that gave no answer may have done what it was asked for.
+    `num_bytes` is the size of the item files that this rank wrote. `may_be_committed` says that the manifest was sent;
+    it stays true if that failed, as a storage that gave no answer may still have written the manifest.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class CheckpointWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Called by DCP, on the coordinator alone, before any file is written. `save` has no need of it.
+        """Called by DCP, on the coordinator alone, before any file is written. `save` does not need it.
 
         Raises:
-            FileExistsError: the directory is not new.
+            FileExistsError: the directory has files in it.
         """
         there = sorted(self._storage.sizes(self._path))
         if there:
-            # Its files would be overwritten one by one: a save that fails has destroyed the checkpoint by then.
+            # Its files would be overwritten one by one: even a save that fails would destroy a checkpoint there.
             raise FileExistsError(
                 errno.EEXIST,
                 f"a checkpoint needs a directory of its own, and there is {there[0]!r} in it: name another one, or "
@@ -113,7 +113,7 @@ class CheckpointWriter(StorageWriter):
         """Write this rank's items; the results carry the rows of the index and the checksums of the files.
 
         Raises:
-            StorageError: a file can't be written; whatever thread it was in, after the others have ended. On this rank.
+            StorageError: on this rank: a file can't be written. Raised in this thread, after all writing has ended.
         """
         bins = distribute(plan.items, self._num_files, getattr(self._storage, "max_file_bytes", None))
         results: list[WriteResult] = []
@@ -140,14 +140,14 @@ class CheckpointWriter(StorageWriter):
         self.commit(metadata, results)
 
     def commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> Committed:
-        """`finish`, and what the next one of the same places may build on."""
+        """Like `finish`; returns what `commit_again` needs after a later save to the same places."""
         described = self._described(len(results))
         committed, manifest = commit.prepare(self._storage, self._path, metadata, results, described)
         self._write_manifest(manifest)
         return committed
 
     def commit_again(self, committed: Committed, everyone: list[Repeated]) -> None:
-        """`finish` for ranks that all wrote to the places of an earlier commit. Called on the coordinator alone."""
+        """Like `finish`, if all ranks wrote to the places of `committed`. Called on the coordinator alone."""
         described = self._described(len(everyone))
         self._write_manifest(commit.prepare_again(self._storage, self._path, committed, everyone, described))
 
@@ -172,8 +172,8 @@ class CheckpointWriter(StorageWriter):
 
         def stream(sink: DeadlineSink) -> list[WriteResult]:
             file = _ItemFile(name, sink)
-            # Grad mode is a thread's own. With it, a DTensor gives its shard by way of autograd, which takes as long as
-            # all else.
+            # Grad mode is per thread. When it is on, a DTensor gives its shard through autograd, which takes as long as
+            # everything else together.
             with torch.no_grad():
                 results = [file.add(item, planner) for item in items]
             file.hand_over()
@@ -184,7 +184,7 @@ class CheckpointWriter(StorageWriter):
 
 
 class _ItemFile:
-    """One item file being written: keeps count of the offset, and the checksum of the whole."""
+    """One item file being written: keeps track of the offset and of the checksum of the whole file."""
 
     def __init__(self, name: str, sink: DeadlineSink) -> None:
         self.offset = 0
@@ -193,7 +193,7 @@ class _ItemFile:
         self._sink = sink
         self._pending: list[memoryview] = []
         self._pending_bytes = 0
-        # Hyperparameters repeat for every parameter: the same bytes are stored once, and pointed to.
+        # Hyperparameters repeat for every parameter: the same bytes are stored once, and all entries point to them.
         self._stored: dict[bytes, tuple[int, int, bytes]] = {}
 
     def add(self, item: WriteItem, planner: SavePlanner) -> WriteResult:
@@ -208,13 +208,13 @@ class _ItemFile:
         tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
         sizes = tuple(item.tensor_data.chunk.sizes)
         if tensor.numel() == 0 == math.prod(sizes):
-            # Of rows without elements FSDP2 keeps none, and plans them all the same.
+            # If rows have no elements, FSDP2 keeps no rows in the local tensor, but still plans them.
             tensor = tensor.reshape(sizes)
         if tuple(tensor.shape) != sizes:
             raise ValueError(f"{item.index.fqn}: planned a chunk of sizes {sizes}, found one of {tuple(tensor.shape)}")
         header, trailer = envelope(tensor.dtype, sizes)
-        # As bytes without a copy; numpy has no bfloat16 and no float8, so the elements are looked at as integers first.
-        # By strides: one element is contiguous whatever its stride is, and a view keeps that.
+        # The bytes without a copy; viewed as uint8 first, as numpy has no bfloat16 and no float8. `as_strided` sets the
+        # stride: a tensor of one element counts as contiguous whatever its stride is, and `view` would keep it.
         flat = tensor.as_strided((tensor.numel(),), (1,))
         raw = memoryview(cast(Buffer, flat.view(torch.uint8).numpy()) if tensor.numel() else b"")
         shape = tuple(item.tensor_data.size)
@@ -267,7 +267,7 @@ class _ItemFile:
         return block_checksums(data, block_bytes)
 
     def hand_over(self) -> None:
-        """Give the sink what is still to be given; before the file ends."""
+        """Give the sink everything that is still pending; to be called before the file ends."""
         if self._pending:
             self._sink.write_all(self._pending)
         self._pending, self._pending_bytes = [], 0
@@ -276,7 +276,7 @@ class _ItemFile:
         view = memoryview(data)
         self.checksum.update(view)
         self.offset += view.nbytes
-        # A view keeps the tensor it looks at; no copy is made of it.
+        # A view keeps its tensor alive, so no copy is needed.
         self._pending.append(view)
         self._pending_bytes += view.nbytes
         if self._pending_bytes >= _TOGETHER_BYTES:
@@ -287,23 +287,23 @@ def check_num_files(num_files: int) -> None:
     """Refuse a number of files that a rank can't write.
 
     Raises:
-        ValueError: it is not from 1 to 9,999.
+        ValueError: `num_files` is not from 1 to 9,999.
     """
     if not 1 <= num_files < _MAX_FILES:
         raise ValueError(f"num_files is {num_files}; it must be at least 1, and below {_MAX_FILES:,}")
 
 
 def distribute(items: list[WriteItem], num_files: int, max_file_bytes: int | None) -> list[list[WriteItem]]:
-    """Spread items over files of about equal size: `num_files`, or more where a storage limits the size of one.
+    """Spread items over files of about equal size: `num_files` of them, or more if the storage limits a file's size.
 
-    Within a file, values come first, then small tensors that are no shards, and then tensors by key: what is restored
-    together lies together.
+    Within a file, values come first, then small tensors that are not shards, then all other tensors, each by key: what
+    is restored together lies together.
     """
     sizes = list(map(item_bytes, items))
     order = sorted(
         range(len(items)), key=lambda at: (-sizes[at], items[at].index.fqn, tuple(items[at].index.offset or ()))
     )
-    # Half of the limit: the sum of what goes into a file is not known before, only its average.
+    # The average file has half of the limit at most: how much more than the average one gets is not known beforehand.
     least = 0 if max_file_bytes is None else -(-2 * sum(sizes) // max_file_bytes)
     bins: list[list[WriteItem]] = [[] for _ in range(max(num_files, least))]
     loads = [0] * len(bins)
@@ -333,7 +333,7 @@ def _path_of(item: WriteItem, planner: SavePlanner) -> tuple[str | int, ...]:
 
 
 def _value_of(item: WriteItem, planner: SavePlanner) -> tuple[bytes, str]:
-    """A value as `torch.save` makes it, for stock tools, and as JSON."""
+    """A value as bytes of `torch.save`, for stock tools, and as JSON."""
     key = item.index.fqn
     if not isinstance(planner, DefaultSavePlanner):
         raise TypeError(f"{key}: values can be stored with a DefaultSavePlanner only, not {type(planner).__name__}")
@@ -346,11 +346,11 @@ def _value_of(item: WriteItem, planner: SavePlanner) -> tuple[bytes, str]:
 
 
 def _pickled(text: str, key: str) -> bytes:
-    # torch.save of a number takes longer than writing it. A JSON text stands for one value only, so it can be the key.
+    # Cached: torch.save of a number takes longer than writing it. A JSON text has only one value, so it can be the key.
     known = _pickles.get(text)
     if known is None:
         file = io.BytesIO()
-        # Of the value that the text stands for, so that both copies are the same one.
+        # Pickle the value decoded from the text, so that the pickle and the JSON are the same value.
         torch.save(values.decode(text, key), file)
         known = file.getvalue()
         if len(text) <= 64:

@@ -1,7 +1,7 @@
-"""A storage that goes wrong when it is told to: the fault is data, and happens at the n-th call of a kind.
+"""A storage that fails on demand: a fault is data, and happens at the n-th call of a kind.
 
-Nothing here is random and nothing waits, but for the faults whose point is to wait. A pickled copy counts from zero:
-every process has calls of its own.
+Nothing here is random, and nothing waits except the faults whose point is to wait. A pickled copy counts from zero:
+every process counts its own calls.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _CALLS_WITH_DATA = ("sink.write", "write", "read")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """When something goes wrong. What does, is the subclass.
+    """When something goes wrong; the subclass says what.
 
     Attributes:
-        call: One of `CALLS`: a method of the storage; `sink.write`, each write to an open file; `publish`, its end.
+        call: One of `CALLS`: a method of the storage; `sink.write`, a write to an open file; `publish`, its closing.
         nth: Of the calls that match, the first that goes wrong; counted from 1.
-        num_times: How many in a row do; `None` for all from there on.
+        num_times: How many in a row go wrong; `None` for all from there on.
         rank: The rank on which it happens; `None` for each. Without a process group the rank is 0.
-        path: Only calls count whose path contains this.
+        path: Only calls match whose path contains this.
     """
 
     call: str
@@ -52,7 +52,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Fail(Fault):
-    """Raise `error`; with `after`, once the call has done its work: the reply was lost, and nothing else."""
+    """Raise `error`; with `after`, only once the call has done its work, as if nothing but the reply were lost."""
 
     error: OSError = field(default_factory=lambda: OSError("a fault was asked for here"))
     after: bool = False
@@ -60,35 +60,35 @@ class Fail(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Delay(Fault):
-    """Take so much longer."""
+    """Take `delay_s` seconds longer."""
 
     delay_s: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Hang(Fault):
-    """Do nothing until `FaultyStorage.release` is called, or the time is over; then raise `TimeoutError`."""
+    """Do nothing until `FaultyStorage.release` is called, or `hang_s` seconds are over; then raise `TimeoutError`."""
 
     hang_s: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Truncate(Fault):
-    """Of the bytes of this call, all but the first `keep_bytes` are lost, silently."""
+    """Silently lose all bytes of this call but the first `keep_bytes`."""
 
     keep_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Flip(Fault):
-    """One bit of the bytes of this call is another, silently. `byte` counts from the end if it is negative."""
+    """Silently flip one bit of the bytes of this call. `byte` counts from the end if it is negative."""
 
     byte: int = 0
     bit: int = 0
 
 
 class FaultyStorage:
-    """`inner`, but for `faults`.
+    """`inner`, except for `faults`.
 
     Attributes:
         calls: Every call so far, in order: its kind and its path.
@@ -116,7 +116,7 @@ class FaultyStorage:
             return Counter(call for call, _ in self.calls)
 
     def release(self) -> None:
-        """End every `Hang`, those to come included."""
+        """End every `Hang` and `Delay`, those to come included."""
         self._released.set()
 
     def open_sink(self, path: str) -> Sink:
@@ -156,7 +156,7 @@ class FaultyStorage:
         self.end(fault)
 
     def begin(self, call: str, path: str) -> Fault | None:
-        """Count a call, and let a fault happen that comes before it; return one that comes later."""
+        """Count a call, and carry out its fault if that comes before it; return the fault for what comes later."""
         due = None
         with self._lock:
             self.calls.append((call, path))
@@ -177,7 +177,7 @@ class FaultyStorage:
 
     @staticmethod
     def end(fault: Fault | None) -> None:
-        """Let a fault happen that comes after the call."""
+        """Carry out a fault that comes after the call."""
         if isinstance(fault, Fail):
             raise fault.error
 

@@ -35,12 +35,12 @@ def run_ranks(
 
     Args:
         function: Importable by name: it is pickled.
-        timeout_s: For all of it. Ranks still running then are ended.
-        collective_timeout_s: Of the default process group.
+        timeout_s: For all of it, in seconds. Ranks still running then are killed.
+        collective_timeout_s: Of the default process group, in seconds.
 
     Returns:
-        One entry a rank: what the function returned, or the exception it raised, whichever it was. A process
-        that died without a word is a `ChildProcessError` that names its exit code.
+        One entry per rank: what the function returned, or the exception it raised, of whatever kind. For a process
+        that died without either it is a `ChildProcessError` that names the exit code.
 
     Raises:
         RanksHung: at the deadline, with every stack of every rank that had not finished.
@@ -121,7 +121,7 @@ def _rank_main(
     torch.set_num_threads(1)
     try:
         function, args, environment = pickle.loads(pickled)
-        # That of the caller now: the server that ranks are forked from keeps that of the first call.
+        # The caller's present environment: the server that ranks are forked from keeps that of the first call.
         os.environ.clear()
         os.environ.update(environment)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -132,7 +132,7 @@ def _rank_main(
             world_size=num_ranks,
             timeout=timedelta(seconds=collective_timeout_s),
         )
-        # A rank that is done before the others have met all of their peers would be missing among them.
+        # Or a rank could be done, and gone, before the others have connected to all of their peers.
         dist.barrier()
         outcome = function(*args)
     except BaseException as error:  # noqa: BLE001 - an outcome like any other: the test looks at it
@@ -140,7 +140,7 @@ def _rank_main(
             error.add_note("".join(traceback.format_exception(error)))
         outcome = error
     connection.send_bytes(_pickled(outcome))
-    # Without the farewells of the group's destructor: a rank whose peers are gone would wait for them.
+    # Without running the group's destructor: a rank whose peers are gone would wait for them in it.
     connection.close()
     stacks.close()
     os._exit(0)
@@ -149,7 +149,7 @@ def _rank_main(
 def _pickled(outcome: Any) -> bytes:
     try:
         data = pickle.dumps(outcome)
-        # Many an exception takes other arguments than those it hands to Exception, and is made again with these.
+        # Pickle makes an exception anew from what it handed to Exception; many classes take different arguments.
         pickle.loads(data)
     except Exception as error:  # noqa: BLE001 - whatever pickling raised is what the test must see
         told = TypeError(f"outcome {outcome!r} can't be pickled, and read back: {error}")

@@ -1,4 +1,4 @@
-"""Does a training loop resume? Train on, and resume and train on, must end in the same bits.
+"""Does a training loop resume? Training on, and restoring before training on, must end in the same bits.
 
 What a state forgets shows in two places: right after the restore, if a part does not give back what it was given; or
 some steps later, if something that training depends on is in no part at all (a random stream, the position in the
@@ -35,9 +35,9 @@ def assert_resumes(
 ) -> None:
     """Assert that a run that was saved and resumed goes on, bit for bit, like one that was never stopped.
 
-    Trains `num_steps`, saves, trains `num_more`. Then builds everything anew, restores, and trains `num_more`. Compared
-    are the state right after the restore with the one that was saved, what every further step returned, and the state
-    at the end; floating point numbers by their bits. Parts with an `on_step` are told of each step, as by
+    Trains `num_steps`, saves, trains `num_more`. Then builds everything anew, restores, and trains `num_more`. Compares
+    the state right after the restore with the one that was saved, what every further step returned, and the states at
+    the end; floating point numbers by their bits. Parts with an `on_step` are told of each step, as by
     `Checkpointer.step`.
 
     ```python
@@ -58,11 +58,11 @@ def assert_resumes(
 
     Args:
         build: Makes the state and the function of one training step, all new: it is called twice. It may draw from
-            random streams; that the second call finds them elsewhere is part of the test.
+            random streams; that the second call finds them at a different position is part of the test.
         num_steps: Steps before the save.
         num_more: Steps after it, in both runs.
-        ignore: Keys of the state that need not be the same, such as "progress.wall_s"; with all below them.
-        run: Where to save: a directory or URI that the ranks share, without checkpoints. By default a temporary
+        ignore: Keys of the state that need not be the same, such as "progress.wall_s", and with them all keys below.
+        run: Where to save: a directory or URI that the ranks share, with no checkpoints yet. By default a temporary
             directory of this machine.
         timeout_s: How long a rank waits for the others in any one step of saving and restoring.
 
@@ -90,7 +90,7 @@ def assert_resumes(
             if fresh[name] is state[name]:
                 raise ValueError(f"build() gave the same {name!r} twice: build every part anew")
         report = restore(fresh, run=run, timeout_s=timeout_s)
-        # Also so that rank 0 keeps the directory until every rank has read it.
+        # A barrier: rank 0 must keep the directory until every rank has read it.
         ranks.all_gather_ints("restore", [0 if report is None else report.step])
         found = _snapshot(fresh)
         _agree(ranks, "right after the restore", saved, found, ignore)
@@ -129,7 +129,7 @@ def first_difference(expected: Any, found: Any, key: str = "", ignore: Collectio
     if isinstance(expected, np.ndarray | np.generic):
         same = (expected.dtype, expected.shape, expected.tobytes()) == (found.dtype, found.shape, found.tobytes())
     elif isinstance(expected, float):
-        # By its text, which is exact: one that is not a number is not equal to itself, and zero has a sign.
+        # By its text, which is exact: NaN is not equal to itself, and zero equals minus zero.
         same = repr(expected) == repr(found)
     else:
         same = bool(expected == found)
@@ -141,7 +141,7 @@ def _tensor_difference(where: str, expected: torch.Tensor, found: torch.Tensor) 
         return f"{where}: expected {_short(expected)}, found {_short(found)}"
     if not expected.numel():
         return None
-    # Bytes: what is not a number is not equal to itself, and zero equals minus zero.
+    # By its bytes: NaN is not equal to itself, and zero equals minus zero.
     ours, theirs = (tensor.reshape(-1).view(torch.uint8).view(tensor.numel(), -1) for tensor in (expected, found))
     different = (ours != theirs).any(dim=1).nonzero().flatten()
     if not len(different):
@@ -152,7 +152,7 @@ def _tensor_difference(where: str, expected: torch.Tensor, found: torch.Tensor) 
 
 
 def _trained(state: Mapping[str, Any], step: Callable[[], Any], number: int) -> Any:
-    """Train step `number`, and tell the parts that count steps, as `Checkpointer.step` does; what the step returned."""
+    """Train step `number`, tell the parts that count steps, as `Checkpointer.step` does; return the step's result."""
     result = _copied(step())
     for name in sorted(state):
         on_step = getattr(state[name], "on_step", None)
@@ -173,7 +173,7 @@ def _lines(differences: Mapping[int, str], world_size: int) -> str:
 
 
 def _snapshot(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What every part holds on this rank, in the order in which a save asks, as some parts meet in collectives."""
+    """What every part holds on this rank, asked in the order in which a save does, as some parts call collectives."""
     return {name: _copied(state[name].state_dict()) for name in sorted(state)}
 
 

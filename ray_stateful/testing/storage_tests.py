@@ -9,7 +9,7 @@ With `pytest.register_assert_rewrite("ray_stateful.testing.storage_tests")` in a
 failure shows what was compared.
 
 Every test works below a directory of its own, `base`, and leaves nothing that another one sees. A storage may keep
-files in memory, in a bucket or on a disk; what it may not do is written here as the sentence that would be false.
+files in memory, in a bucket or on a disk; the name of a test is the sentence that must be true of it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing_extensions import Buffer
 from ray_stateful.errors import StorageError
 from ray_stateful.storage.base import Storage
 
-# What the protocol asks for; and what a layer above it, which has given up, makes of that.
+# What the protocol asks for; and what a layer above it raises instead once it has given up.
 REFUSED = (OSError, StorageError)
 
 
 class Interrupted(Exception):
-    """What a writer of these tests fails with: an error that is not the storage's."""
+    """What a writer in these tests fails with: an error that does not come from the storage."""
 
 
 class StorageTests:
@@ -52,7 +52,7 @@ class StorageTests:
 
     @pytest.fixture
     def storage(self) -> Storage:
-        # For the author of a subclass: pytest's own error would not say what is to be given.
+        # For the author of a subclass: pytest's own error would not say what to provide.
         raise NotImplementedError("give the subclass a fixture called `storage`")
 
     @pytest.fixture
@@ -164,7 +164,7 @@ class StorageTests:
     def test_a_file_does_not_appear_before_it_is_complete(self, storage: Storage, base: str) -> None:
         with storage.open_sink(f"{base}/pending") as sink:
             sink.write(b"x" * 100_000)
-            # An empty one is told from a whole one by its size; a part of one is not.
+            # An empty file can be told from a whole one by its size; a part of a file can't.
             assert self.partial_files_show or storage.sizes(base).get("pending", 0) == 0
 
         assert dict(storage.sizes(base)) == {"pending": 100_000}

@@ -1,7 +1,7 @@
-"""What is trained of a model with adapters: whole tensors, on rank 0, under the names Hugging Face's PEFT writes.
+"""The trained tensors of a model with adapters: whole, on rank 0, under the names that Hugging Face's PEFT writes.
 
-Every rank makes the same calls in the same order here. What is sent is decided by rank 0 and announced first, never
-by what this rank's stage of a pipeline happens to hold.
+Every rank makes the same calls in the same order here. Rank 0 decides and announces what is sent, which never
+depends on what this rank's stage of a pipeline happens to hold.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Parts = Sequence[tuple[str, nn.Module]]
 
 
 def stored_keys(parts: Parts) -> dict[str, list[str]]:
-    """The key that every trained parameter is stored under, and the other spellings that are read as well."""
+    """The key that each trained parameter is stored under, with the other spellings that are accepted in loading."""
     found: dict[str, list[str]] = {}
     for prefix, part in parts:
         for name, short in _trained(part):
@@ -45,13 +45,13 @@ def is_adapter(name: str) -> bool:
 
 
 def _trained(part: nn.Module) -> Iterator[tuple[str, str]]:
-    """Canonical name of every trained parameter, and its name without PEFT's own levels: adapter, `modules_to_save`."""
+    """Each trained parameter's canonical name, and its name without PEFT's own levels: adapter, `modules_to_save`."""
     adapters = set(getattr(unwrapped(part), "peft_config", None) or {"default"})
     names = list(_trained_names(part))
     in_use = {level for name in names for level in name.split(".") if level in adapters}
     for name in names:
         levels = [level for level in name.split(".") if level != "modules_to_save"]
-        # With two adapters in training, the adapter's name is what tells their parameters apart.
+        # If two adapters are trained, only the adapter's name tells their parameters apart.
         if len(in_use) == 1:
             levels = [level for level in levels if level not in adapters]
         if levels[-2:] == [_MAGNITUDE, "weight"]:
@@ -87,7 +87,7 @@ def _other_spellings(key: str, name: str) -> list[str]:
 def collect(parts: Parts, pp_group: dist.ProcessGroup | None) -> dict[str, Any]:
     """The trained tensors, whole, in rank 0's host memory; `{}` on the other ranks. Collective."""
     rank = dist.get_rank() if _distributed() else 0
-    # Stages other than rank 0's reach it through its own pipeline; the other pipelines hold copies.
+    # Rank 0 gets the other stages from the ranks of its own pipeline; the other pipelines hold copies.
     joins = pp_group is not None and 0 in dist.get_process_group_ranks(pp_group)
     keep = rank == 0 or joins
     whole: dict[str, Any] = {}
@@ -110,12 +110,12 @@ def collect(parts: Parts, pp_group: dist.ProcessGroup | None) -> dict[str, Any]:
 
 def _whole_values(part: nn.Module) -> Callable[[str], torch.Tensor]:
     """A function from name to whole value on the host. All ranks call it for the same names in the same order."""
-    # FSDP1's own way to whole tensors on rank 0 fails on the others once parameters are frozen; shards can be joined.
+    # FSDP1's own way to get whole tensors on rank 0 fails on other ranks once parameters are frozen; so join shards.
     parameters = _shards(part) if _is_fsdp1(part) else dict(named_parameters(part))
 
     def value(name: str) -> torch.Tensor:
         joined = shards.whole(parameters[name].detach())
-        # A copy, also on the host: training goes on while it is written.
+        # A copy, also if it is on the host already: training goes on while it is written.
         return torch.empty_like(joined, device="cpu").copy_(joined)
 
     return value
@@ -127,11 +127,11 @@ def load(
     pp_group: dist.ProcessGroup | None,
     judge: Callable[[set[str], set[str]], None],
 ) -> int:
-    """Send rank 0's `state` to the parameters of all ranks; how many tensors it was. Collective.
+    """Load rank 0's `state` into the parameters of all ranks; returns how many this rank has loaded. Collective.
 
     Args:
-        judge: Called with the keys that are missing and those that belong to no parameter, the same on every rank of
-            a pipeline, before anything is loaded; raises to refuse.
+        judge: Called before anything is loaded, with the keys that are missing and those that belong to no parameter,
+            the same on every rank of a pipeline; raises to refuse.
     """
     announced = _from_rank_0([(key, value.shape, value.dtype) for key, value in state.items()])
     spelt = {spelling: key for key, others in stored_keys(parts).items() for spelling in [*others, key]}
@@ -187,11 +187,11 @@ def _broadcast(value: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype
     if not _distributed():
         assert value is not None
         return value
-    # A group of NCCL alone moves nothing on the host.
+    # A group with NCCL alone can't send host memory.
     device = torch.device(device_of())
     mine = value.to(device).contiguous() if dist.get_rank() == 0 and value is not None else None
     box = torch.empty(shape, dtype=dtype, device=device) if mine is None else mine
-    # As bytes: backends refuse some dtypes, and none of them needs to be understood.
+    # As bytes: backends refuse some dtypes, and a broadcast need not understand any.
     dist.broadcast(box.reshape(-1).view(torch.uint8), src=0)
     return box
 

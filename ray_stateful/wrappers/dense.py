@@ -1,4 +1,4 @@
-"""Loading the shards of a model that is not an adapter: values into live parameters and buffers, counted."""
+"""The shards of a model: how entries are stored, and loading values into live parameters and buffers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ray_stateful.wrappers.shards import whole
 
 
 def is_extra(key: str) -> bool:
-    """Whether `key` is of a module's `_extra_state`, which may be absent, or of another size, at every load."""
+    """Whether `key` is of a module's `_extra_state`, which may be absent or differ in size at any load."""
     return EXTRA_STATE in key.split(".")
 
 
 def stored(key: str, value: Any) -> Any:
     """`value` as it is stored: extra state in a tensor becomes bytes.
 
-    Transformer Engine pickles into a tensor whose length changes from version to version. As a tensor it would
-    have to be met by one of equal length, and loading it would fail where skipping it is harmless.
+    Transformer Engine pickles into a tensor whose length changes from version to version. Stored as a tensor, it could
+    only be loaded into one of equal length, and a load would fail where skipping it is harmless.
 
     Raises:
         UnsupportedState: its elements share memory. It could be saved, but nothing can be loaded into it.
@@ -51,7 +51,7 @@ def _repeats_itself(tensor: torch.Tensor) -> bool:
 
 
 def check_shapes(own: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse tensors of another shape before any is loaded.
+    """Refuse tensors whose shape differs from the model's, before any is loaded.
 
     Raises:
         ValueError: lists all of them.
@@ -76,18 +76,18 @@ def load(part: nn.Module, own: Mapping[str, Any], given: Mapping[str, Any]) -> N
     if tied is not None and tied[1] in values:
         values[tied[0]] = values[tied[1]]
     if FullyShardedDataParallel.fsdp_modules(part):
-        # Its hooks take every parameter out of the dict, and stumble over one that is not there: also over one that is
-        # left out of `own`.
+        # FSDP1's hooks take every parameter out of the dict, and fail if one is missing, even one that is left out of
+        # `own`.
         values = {**get_model_state_dict(part), **values}
     else:
-        # torch goes into each module once, and under DDP and torch.compile leaves what has another of its names.
+        # torch visits each module once, and under DDP and torch.compile ignores entries under its further names.
         further = further_names(part)
         for name in list(values) if further else ():
             module, _, entry = name.rpartition(".")
             if module in further:
                 values.setdefault(f"{further[module]}.{entry}", values.pop(name))
     result = set_model_state_dict(part, values, options=StateDictOptions(strict=False))
-    # Not strict, for the entries that may be absent; none that was given may go unused.
+    # Not strict, as some entries may be absent; but every entry that was given must be used.
     assert not result.unexpected_keys, result.unexpected_keys
 
 
@@ -105,7 +105,7 @@ def _like(ours: Any, theirs: Any) -> Any:
 
 
 def from_stage(value: Any, owner: int, group: dist.ProcessGroup | None) -> Any:
-    """`value` of the group's rank `owner`, whole and in host memory, on all ranks of `group`."""
+    """The `value` that the group's rank `owner` has, whole, in host memory, on all ranks of `group`. Collective."""
     assert group is not None
     box: list[Any] = [None]
     if dist.get_rank(group) == owner:

@@ -29,13 +29,13 @@ from ray_stateful.wrappers.sharded_tensors import as_dtensor, into_sharded
 
 
 class Fsdp1Optimizer:
-    """As `BoundOptimizer`, by the same keys. Everything here is collective."""
+    """Like `BoundOptimizer`, with the same keys. `state_dict`, `look` and `load` are collective."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
         self._groups: list[list[str]] = []
         self._names: dict[str, frozenset[str]] = {}
-        # Between `look` and `load`: torch hands out clones, and two moments are a lot of a device's memory.
+        # Held from `look` to `load` only: torch hands out clones, and two moments take a lot of a device's memory.
         self._live: dict[str, Any] = {}
 
     def members(self) -> list[list[str]]:
@@ -57,7 +57,7 @@ class Fsdp1Optimizer:
         return {key: as_dtensor(value) for key, value in self._flat().items()}
 
     def _flat(self) -> dict[str, Any]:
-        """The same, as torch has them."""
+        """The flat entries as torch returns them."""
         with gradients_set_aside(self.optimizer):
             lacking = _begin(self.optimizer)
             try:
@@ -76,20 +76,20 @@ class Fsdp1Optimizer:
         return frozenset(self._names)
 
     def look(self) -> None:
-        """See what there is to load into."""
+        """Fetch the current state, which `load` fills."""
         self._live = self._flat()
 
     def check(self, state: ByName, hyper: ByName) -> None:
-        """Refuse what is given, before anything is touched: as `check_groups`."""
+        """Refuse what does not fit, before anything is touched: only what `check_groups` refuses."""
         self.check_groups(hyper)
 
     def check_groups(self, hyper: ByName) -> None:
-        """Refuse hyperparameters that differ within a group: `ValueError`. Of this rank alone."""
+        """Refuse hyperparameters that differ within a group, with a `ValueError` on this rank alone."""
         for group in self._groups:
             check_hyperparameters(group, hyper)
 
     def load(self, state: ByName, hyper: ByName) -> list[str]:
-        """Take over what is there of its parameters, after a `look`; the keys of those that got their state."""
+        """Load what is given for this optimizer's parameters, after a `look`; returns the keys that got state."""
         groups = []
         for keys, live in zip(self._groups, self.optimizer.param_groups, strict=True):
             values = {name: value for name, value in live.items() if name != PARAMS}
@@ -107,8 +107,8 @@ class Fsdp1Optimizer:
             options = StateDictOptions(strict=False)
             set_optimizer_state_dict(self.model, self.optimizer, given, options=options)
         self._live = {}
-        # Saved before the first step: it goes on without state, as it would have. What stands beside the count is as
-        # after a step (NAdam's `mu_product` is not 1).
+        # A parameter that was saved before its first step goes on without state, as it would have. Its stored state is
+        # of no use: all but the count is as after a step (NAdam's `mu_product` is not 1).
         for parameter, stored in list(self.optimizer.state.items()):
             if is_stand_in(self.optimizer, stored):
                 del self.optimizer.state[parameter]
@@ -116,9 +116,9 @@ class Fsdp1Optimizer:
 
 
 def _begin(optimizer: Optimizer) -> list[torch.Tensor]:
-    """Give an optimizer that has no state what it would begin with; the parameters that got it.
+    """Give an optimizer that has no state its initial state; returns the parameters that got it.
 
-    torch would step the optimizer for it: hooks run, and its first step is counted.
+    torch would step the optimizer to get it, which runs hooks and counts as its first step.
     """
     if optimizer.state:
         return []

@@ -1,8 +1,8 @@
 """The names of a model's parameters, whatever it is wrapped in; and its output head. No collectives.
 
-A canonical name is the one the parameter had before DDP, FSDP1, `torch.compile` or activation checkpointing put a
-module around a part of the model. State is stored under canonical names, so that what was saved under one of them
-loads under another.
+A canonical name is the one that a parameter had before DDP, FSDP1, `torch.compile` or activation checkpointing put a
+module around a part of the model. State is stored under canonical names, so that what was saved with one wrapper
+loads with a different one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PREFIX = "model."
 EXTRA_STATE = "_extra_state"
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-# What input embeddings are called where a model has no `get_input_embeddings` to ask: the last pipeline stage.
+# What models call the weight of their input embedding, which may be in a different stage of the pipeline.
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "word_embeddings.weight")
 
 
@@ -44,7 +44,7 @@ def _rename(sd: dict[str, Any], renamed: Mapping[str, str]) -> None:
                 "lost; rename or remove one of them first"
             )
         owners[new] = key
-    # All at once, after the check: a half renamed dict is of no use to anyone.
+    # All at once, after the check, so that a refusal does not leave the dict half renamed.
     values = {new: sd[key] for new, key in owners.items()}
     sd.clear()
     sd.update(values)
@@ -64,22 +64,22 @@ def canonical_name(model: nn.Module, name: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """The canonical name that `name`, of a file, most likely stands for: there is no module to ask, as above.
+    """The canonical name that `name`, read from a file, most likely stands for.
 
-    So it is for a name that the model does not know as it stands.
+    A guess: unlike in `canonical_name` there is no module to ask. For names that the model does not know as they are.
     """
     levels = [level for level in name.split(".") if level not in _WRAPPERS]
     return ".".join(levels[1:] if levels[:1] == ["module"] else levels)
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Canonical name and parameter, a shared parameter once under each of its names."""
+    """Canonical name and parameter; a shared parameter comes once under each of its names."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         yield canonical_name(model, name), parameter
 
 
 def further_names(model: nn.Module) -> dict[str, str]:
-    """The further canonical names of the modules that are registered under several, each to the first one."""
+    """For modules that are registered under several names: each further canonical name to the first one."""
     first: dict[nn.Module, str] = {}
     further: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -91,7 +91,7 @@ def further_names(model: nn.Module) -> dict[str, str]:
 def head_and_name(model: nn.Module) -> tuple[nn.Parameter, str] | tuple[None, None]:
     """The output head's parameter and its canonical name; `(None, None)` without a head."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        # A name that has it nowhere does not come to have it by losing its wrappers.
+        # A quick test first: a name does not come to contain `lm_head` by losing its wrappers.
         if "lm_head" in name and _is_head(canonical := canonical_name(model, name)):
             return parameter, canonical
     return None, None
@@ -106,8 +106,8 @@ def _is_head(name: str) -> bool:
 def tied_head(model: nn.Module) -> tuple[str, str] | None:
     """The canonical names of the head and of the embedding it is tied to; `None` if it stands on its own.
 
-    Only real sharing counts. What a config says about tying is wrong in both directions in the wild: a head that
-    was trained on its own would be lost.
+    Only actual sharing counts. What configs say about tying is, in practice, wrong in both directions: if it were
+    trusted, a head that was trained on its own could be lost.
     """
     for embedding, name in _shared_in_flat_parameters(model):
         if _is_head(name):
@@ -122,7 +122,7 @@ def tied_head(model: nn.Module) -> tuple[str, str] | None:
 
 
 def _shared_in_flat_parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """First and further name of the parameters that FSDP1 flattened together because they are one."""
+    """First and further name of each shared parameter that FSDP1 flattened; it has the values only once."""
     for name, module in model.named_modules():
         # The handle is None where FSDP1 found nothing to shard.
         if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
@@ -144,7 +144,7 @@ def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def embedding_names(model: nn.Module, head_name: str) -> list[str]:
-    """Names that the embedding of a head may have, the likeliest first; it need not be in this `model`."""
+    """Names that the embedding of a head may have, the likeliest first; the embedding need not be in this `model`."""
     names: list[str] = []
     inner = unwrapped(model)
     tied = getattr(inner, "_tied_weights_keys", None)
@@ -157,7 +157,7 @@ def embedding_names(model: nn.Module, head_name: str) -> list[str]:
 
 
 def declares_separate_head(model: nn.Module) -> bool:
-    """Whether the model's config says, in so many words, that its head is not tied."""
+    """Whether the model's config says explicitly that its head is not tied."""
     config = getattr(unwrapped(model), "config", None)
     return getattr(config, "tie_word_embeddings", None) is False
 
@@ -175,10 +175,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def part_prefixes(parts: Sequence[nn.Module]) -> list[str]:
-    """What to put before the names of each of a model's parts: nothing, unless two parts use one name.
+    """What to put before the names of each of a model's parts: nothing, unless two parts use the same name.
 
     Stages of a pipeline keep the names of the whole model, so they share one name space, and may be cut
-    differently when they are loaded. Parts that were built apart (`0.weight` twice) would overwrite each other.
+    differently when they are loaded. Parts that were built separately (`0.weight` twice) would overwrite each other.
     """
     if len(parts) == 1:
         return [""]

@@ -27,23 +27,23 @@ class ModelState(StrictPart):
     """A model's parameters and buffers as a `Stateful`.
 
     A dense model gives every rank its own shards: DTensors that alias the live parameters, without a gather, so a
-    save in the background must copy them before the next step. A head that is really tied to the embedding is left
-    out. With `is_peft` the state is what is trained (adapters, `modules_to_save`, score heads) and no buffers:
-    whole, on rank 0's host memory, under `base_model.model.`, and `{}` on the other ranks; loading broadcasts it.
+    save in the background must copy them before the next step. A head that is actually tied to the embedding is left
+    out. With `is_peft` the state is only what is trained (adapters, `modules_to_save`, score heads), without buffers:
+    whole, in rank 0's host memory, under `base_model.model.`, and `{}` on the other ranks; loading broadcasts it.
 
     Args:
         model: The module, wrapped in any way; or the parts of it that this rank has, in a pipeline. Parts share one
             name space, unless two of them use one name for different parameters: then each has its own, `part_<i>.`.
-        is_peft: State is the adapter alone.
-        is_init_step: The base model is to be loaded before training: adapters are left out, and what the base
-            checkpoint lacks is no error.
-        skip_task_head_prefixes: Names that start so are left out while a base is loaded, and keep their fresh values:
-            heads that no base has. That is with `is_init_step`, and in `restore(..., initial=...)`; what is saved, and
-            restored from a checkpoint of the run, is the model with its heads.
-        cpu_offload: Tensors are copied to host memory; they do not alias the model then.
-        pp_group: The ranks of one pipeline. Adapters of all stages are joined over it, and a head is loaded from the
-            embedding of another stage. Collective whenever it is given. Beside a group of NCCL alone one of gloo is
-            made at the first use, by all ranks of the world: each of them is in a pipeline.
+        is_peft: The state is the adapter alone.
+        is_init_step: The base model is to be loaded before training: adapters are left out, and it is no error if the
+            base checkpoint lacks entries.
+        skip_task_head_prefixes: Entries whose names start with one of these, such as heads that no base model has, are
+            left out while a base is loaded (with `is_init_step`, and in `restore(..., initial=...)`) and keep their
+            fresh values. A save, or a restore from a checkpoint of the run, includes them.
+        cpu_offload: Tensors are copied to host memory, so they do not alias the model.
+        pp_group: The ranks of one pipeline. Adapters of all stages are joined over it, and a head may be loaded from
+            the embedding of a different stage. If given, saving and loading are collective over it. For a group with
+            NCCL alone, all ranks of the world make a gloo group at the first use: each of them is in a pipeline.
         strict: Missing and unexpected keys are errors; otherwise they are noted.
     """
 
@@ -64,7 +64,7 @@ class ModelState(StrictPart):
         self.cpu_offload = cpu_offload
         self.pp_group = pp_group
         self.strict = strict
-        # What the last load did not do to the letter, one line each.
+        # What the last load left out, kept as built or took from elsewhere, one line each.
         self.notes: tuple[str, ...] = ()
         self._num_loaded: int | None = None
         self._is_initial = False
@@ -72,7 +72,7 @@ class ModelState(StrictPart):
     def while_initial(self) -> ModelState:
         """The same model while its initial weights are loaded: without the heads of `skip_task_head_prefixes`.
 
-        With `is_init_step` alone what the base lacks is no error; here it is.
+        Unlike with `is_init_step`, it is an error here if the base lacks entries.
         """
         view = copy.copy(self)
         view._is_initial = True
@@ -94,10 +94,10 @@ class ModelState(StrictPart):
         """Load what `state_dict` returned, or the checkpoint's part of it; `state_dict` itself is not changed.
 
         Args:
-            strict: Instead of the constructor's.
+            strict: Overrides the constructor's.
 
         Raises:
-            ValueError: keys are missing or unexpected, and `strict`; lists them, and nothing was loaded.
+            ValueError: keys are missing or unexpected and `strict` is set; lists them, and nothing was loaded.
         """
         shards.reshard(self.model)
         if self._whole_adapter:
@@ -122,7 +122,7 @@ class ModelState(StrictPart):
         self._num_loaded = sum(map(len, values))
 
     def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:
-        """Say which missing and unexpected keys are no harm. Collective with FSDP1 or a `pp_group`."""
+        """Decide which missing and unexpected keys are harmless. Collective with FSDP1 or a `pp_group`."""
         shards.reshard(self.model)
         renamed: dict[str, str] = {}
         taken: dict[str, str] = {}
@@ -139,7 +139,7 @@ class ModelState(StrictPart):
             taken = self._substitutes(set(missing - renamed.keys()), (everyones - missing) | bare.keys())
             taken = {key: bare.get(source, source) for key, source in taken.items()}
         found = {**renamed, **taken}
-        # Another stage's head is that stage's to find, but no stage may call it lost.
+        # Each stage finds substitutes for its own head only, but no stage may report a head missing that another found.
         solved = set().union(*self._gather(set(found)))
         if self._is_initial and self._whole_adapter and unexpected and not solved and missing >= everyones:
             return Reconciled(problems=(f"{len(unexpected)} tensors, and {_NO_ADAPTER}",))
@@ -153,7 +153,7 @@ class ModelState(StrictPart):
         return Reconciled(problems=judged.problems, notes=(*judged.notes, *notes), instead=found, is_partial=is_partial)
 
     def describe(self) -> str:
-        """One line for the resume report: how much there is, and what the last load did not do to the letter."""
+        """One line for the resume report: how much was loaded, and the notes of the last load."""
         tied = [head for part in self.model if (pair := model_keys.tied_head(part)) for head in pair[:1]]
         words = [] if self._num_loaded is None else [f"{self._num_loaded} tensors"]
         words += ["adapter"] if self._whole_adapter else []
@@ -183,14 +183,14 @@ class ModelState(StrictPart):
         }
 
     def _is_skipped(self, key: str) -> bool:
-        """Whether `key`, of this model or of a checkpoint, is of a head that is left out now."""
+        """Whether `key`, of this model or of a checkpoint, belongs to a head that is currently left out."""
         if not (self.is_init_step or self._is_initial) or not self.skip_task_head_prefixes:
             return False
         name = model_keys.without_wrappers(key.removeprefix(adapters.OUTER_PREFIX))
         return name.startswith(self.skip_task_head_prefixes)
 
     def _skipped_names(self) -> list[str]:
-        """What keeps the values it was built with, by name. Collective with FSDP1."""
+        """The names of the entries that are left out and stay as built. Collective with FSDP1."""
         if not (self.is_init_step or self._is_initial) or not self.skip_task_head_prefixes:
             return []
         if self._whole_adapter:
@@ -201,7 +201,7 @@ class ModelState(StrictPart):
         return sorted(filter(self._is_skipped, names))
 
     def _substitutes(self, absent: set[str], present: set[str]) -> dict[str, str]:
-        """Absent head or embedding to the present key that has its values."""
+        """Maps an absent head or embedding to the present key that has its values."""
         found: dict[str, str] = {}
         for prefix, part in self._parts():
             tied = model_keys.tied_head(part)
@@ -218,11 +218,11 @@ class ModelState(StrictPart):
         return found
 
     def _fill_in_heads(self, keys: set[str], given: dict[str, Any]) -> dict[str, str]:
-        """Give absent heads the values of their embedding, also when that is in another stage of the pipeline."""
+        """Give absent heads the values of their embedding, even if that is in a different stage of the pipeline."""
         stages = self._gather(set(given))
         substitutes = self._substitutes(keys - given.keys(), set().union(*stages))
         wanted = self._gather({source for source in substitutes.values() if source not in given})
-        # In one order on all stages, decided from what all of them know: each of these is a collective.
+        # In the same order on all stages, computed from what all of them know: each iteration is a collective.
         for source in sorted(set().union(*wanted)):
             owner = next(index for index, stage in enumerate(stages) if source in stage)
             value = dense.from_stage(given.get(source), owner, self._pipeline())
@@ -242,7 +242,7 @@ class ModelState(StrictPart):
         return into
 
     def _pipeline(self) -> dist.ProcessGroup | None:
-        """The ranks of the pipeline, in a group for what is pickled."""
+        """The ranks of the pipeline, in a group that can send pickled objects from host memory."""
         return None if self.pp_group is None else on_host(self.pp_group)
 
     def _accept(self, missing: set[str], unexpected: set[str], strict: bool | None) -> None:

@@ -3,7 +3,7 @@
     state.<parameter>.<name>            one entry of one parameter's state; nested dicts add further names
     param_groups.<parameter>.<name>     a hyperparameter of the group that the parameter is in
 
-Nothing is stored by group or by number, so parameters may be regrouped, reordered or spread over other optimizers.
+Nothing is stored by group or by number, so parameters may be regrouped, reordered or moved to other optimizers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 STATE = "state"
 PARAM_GROUPS = "param_groups"
 PARAMS = "params"
-# Names of this optimizer's own parameters, in the order of its groups: nothing to restore.
+# A group's list of its parameters' names, which describes the optimizer at hand: nothing to restore.
 PARAM_NAMES = "param_names"
 
 ByName: TypeAlias = Mapping[str, Mapping[str, Any]]
@@ -33,7 +33,7 @@ def leaves(state: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]
 
 
 def flatten(optim: Mapping[str, Any]) -> dict[str, Any]:
-    """`optim` in the flat layout; the nested one, `{"state", "param_groups"}`, is turned into it.
+    """`optim` in the flat layout; converts the nested one, `{"state", "param_groups"}`.
 
     Raises:
         ValueError: the parameters are numbered, not named.
@@ -63,14 +63,14 @@ def split(
     """Sort flat keys by the parameter they belong to.
 
     Returns:
-        `state` and `param_groups`, each parameter to name to flat key; and the keys of no parameter of ours.
+        `state` and `param_groups`, each parameter to name to flat key; and the keys of none of `parameters`.
     """
     found: dict[str, dict[str, dict[str, str]]] = {STATE: {}, PARAM_GROUPS: {}}
     unknown: list[str] = []
     for key in keys:
         kind, _, rest = key.partition(".")
-        # Parameter names contain dots and so may names of nested state; but no parameter lies inside another. From the
-        # end, where it mostly is.
+        # Parameter names contain dots, and so may names of nested state; but no parameter lies inside another. Searched
+        # from the end, where the parameter's name mostly stops.
         owner = next((rest[:dot] for dot in _dots(rest) if rest[:dot] in parameters), None)
         if kind not in found or owner is None:
             unknown.append(key)
@@ -80,7 +80,7 @@ def split(
 
 
 def by_parameter(flat: Mapping[str, Any], parameters: frozenset[str]) -> tuple[ByName, ByName]:
-    """The values of `state` and of `param_groups`, each parameter to name to value; those of no parameter left out."""
+    """The values of `state` and `param_groups`, each parameter to name to value; leaves out unknown parameters."""
     state, hyper, _ = split(flat, parameters)
     of_state, of_hyper = (
         {key: {name: flat[where] for name, where in names.items()} for key, names in found.items()}
@@ -90,7 +90,7 @@ def by_parameter(flat: Mapping[str, Any], parameters: frozenset[str]) -> tuple[B
 
 
 def of_group(members: Iterable[str], hyper: ByName) -> dict[str, Any]:
-    """The hyperparameters of a group: each from the first of its members that brings it; another may be new."""
+    """The hyperparameters of a group: each from the first member that has it in `hyper`; members may be new."""
     found: dict[str, Any] = {}
     for key in members:
         for name, value in hyper.get(key, {}).items():
@@ -137,7 +137,7 @@ def check_hyperparameters(members: Sequence[str], hyper: ByName) -> None:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two hyperparameters are the same: numbers, tensors, or several of them."""
+    """Whether two hyperparameters are the same: numbers, tensors, or lists and tuples."""
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         return bool(torch.equal(torch.as_tensor(one), torch.as_tensor(other)))
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
@@ -151,11 +151,11 @@ def judge(
     expected: Mapping[str, frozenset[str]],
     trained: frozenset[str],
 ) -> tuple[list[str], list[str]]:
-    """Problems and notes about the keys that are on one side only.
+    """Problems and notes about the keys that only the optimizer has, or only the checkpoint.
 
     Args:
         expected: The names in the state of each of this rank's parameters.
-        trained: Which of them can have state.
+        trained: The parameters that can have state.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -191,7 +191,7 @@ def judge(
 
 
 def some(keys: Iterable[str]) -> str:
-    """A few of `keys`, and how many there are."""
+    """The first three of `keys` as text, and how many more there are."""
     found = sorted(keys)
     more = "" if len(found) <= 3 else f" and {len(found) - 3} more"
     return ", ".join(found[:3]) + more

@@ -1,7 +1,7 @@
-"""The state an optimizer would begin with: tensors to load into, where it has none yet.
+"""The initial state of an optimizer: tensors to load into, where it has none yet.
 
-torch's own way steps the optimizer itself, whoever asks: its hooks run, its first step is counted, and nothing at all
-is made while any parameter has a gradient.
+torch's own way to get it steps the optimizer itself, even for a save: hooks run, the step is counted as its first, and
+nothing at all is made while any parameter has a gradient.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch.optim import Adagrad, Optimizer, SparseAdam
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.wrappers.optimizer_keys import PARAMS
 
-# Its constructor makes the state, and its step relies on it: there is no such thing as a parameter without.
+# Optimizers whose constructor makes the state, and whose step relies on it: no parameter may be without.
 STARTS_WITH_STATE = (Adagrad,)
 
-# The one moves parameters, and the other is a gradient by itself, which would be in the first momentum.
+# `lr` moves parameters; `weight_decay` adds a gradient of its own, which would be in the first momentum.
 _SET_TO_ZERO = ("lr", "weight_decay")
 
 
 def state_holder(optimizer: Optimizer) -> Optimizer:
-    """`optimizer`, or the one inside it that it shares state and groups with: the step of that one is the plain one.
+    """`optimizer`, or the one inside it that has the same state and groups, and whose step is the plain one.
 
     Raises:
-        UnsupportedState: an optimizer inside it keeps state. What `optimizer.state` has would be saved, often nothing;
-            and to be asked what it begins with, the one inside would be stepped.
+        UnsupportedState: an optimizer inside it keeps state of its own. Only `optimizer.state` would be saved, which is
+            often empty; and to find the initial state, the one inside would really be stepped.
     """
     for name, value in vars(optimizer).items():
         is_several = isinstance(value, (list, tuple, dict))
@@ -42,7 +42,7 @@ def state_holder(optimizer: Optimizer) -> Optimizer:
                 return state_holder(inner)
             if inner.state is not optimizer.state:
                 found = f"state that is kept by an optimizer inside it (`{name}`, {type(inner).__name__})"
-                # With groups of its own, as ZeroRedundancyOptimizer's, the outer one overwrites those inside.
+                # An outer optimizer with groups of its own (ZeroRedundancyOptimizer) overwrites those of the inner one.
                 if same_groups or is_several:
                     what_to_do = f"give OptimizerState its `{name}`; what it keeps beside that needs a part of its own"
                 else:
@@ -56,7 +56,7 @@ def gradients_set_aside(optimizer: Optimizer) -> Iterator[None]:
     """Take every gradient off its parameter for the body, and put it back.
 
     torch skips the initialisation of an optimizer's state while any parameter has a gradient: the moments of a
-    checkpoint would be dropped without a word.
+    checkpoint would be dropped silently.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group[PARAMS]]
     stashed = [parameter.grad for parameter in parameters]
@@ -70,18 +70,18 @@ def gradients_set_aside(optimizer: Optimizer) -> Iterator[None]:
 
 
 def initial_state(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
-    """The state that `optimizer` would make for `parameters`, which have none; it is left without.
+    """The state that `optimizer` would make for `parameters`, which have none; `optimizer` does not keep it.
 
-    It is made by a step over zero gradients, a learning rate of 0, and counts as not stepped: `step` is 0. The
-    parameters are copied for it, and put back: 0 times what such a step divides by 0 is no 0 (float16, `eps=0`, and
-    `capturable=True`, whose step size is among the divisors).
+    It is made by a step with zero gradients and a learning rate of 0; then `step` is set to 0, for not stepped. The
+    parameters are copied before that step and restored after it: it may divide by 0, and 0 times the result is not 0
+    (float16, `eps=0`, and `capturable=True`, where the step size is among the divisors).
 
     Raises:
         UnsupportedState: the optimizer can't take such a step.
     """
     groups = [dict(group) for group in optimizer.param_groups]
     step = _bare_step(optimizer)
-    # The only gradient it takes is a sparse one; here without elements.
+    # SparseAdam takes sparse gradients only; this one has no elements.
     layout = torch.sparse_coo if isinstance(optimizer, SparseAdam) else torch.strided
     with gradients_set_aside(optimizer), torch.no_grad():
         kept = [local_of(parameter).clone() for parameter in parameters]
@@ -93,7 +93,7 @@ def initial_state(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> l
         try:
             step(optimizer)
         except (TypeError, RuntimeError) as error:
-            # An operation that sharded tensors do not have (Adafactor).
+            # Such as an operation that sharded tensors lack (Adafactor).
             found = f"state of an optimizer that can't step here ({str(error).splitlines()[0]})"
             raise UnsupportedState(type(optimizer).__name__, found, _NOT_PER_PARAMETER) from error
         finally:
@@ -101,7 +101,7 @@ def initial_state(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> l
                 parameter.grad = None
                 local_of(parameter).copy_(values)
             for group, options in zip(optimizer.param_groups, groups, strict=True):
-                # Some count steps in the group, beginning with the first.
+                # Cleared first, as some optimizers add a count of steps to the group in their first step.
                 group.clear()
                 group.update(options)
     made = [dict(optimizer.state.pop(parameter, {})) for parameter in parameters]
@@ -112,7 +112,7 @@ def initial_state(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> l
 
 
 def check_step(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that can't be asked what it begins with: what was saved could not be loaded.
+    """Refuse an optimizer whose initial state can't be made: what it saved could not be loaded.
 
     Raises:
         UnsupportedState: its step has an argument that must be given.
@@ -125,28 +125,28 @@ def check_step(optimizer: Optimizer) -> None:
 
 
 def _bare_step(optimizer: Optimizer) -> Callable[[Optimizer], Any]:
-    """The bare method: hooks on `step` belong to the user's training, and a scheduler counts calls of the bound one."""
+    """The bare `step`: its hooks belong to the user's training, and a scheduler counts calls of the bound method."""
     step: Callable[[Optimizer], Any] = inspect.unwrap(type(optimizer).step)
     return step
 
 
 def is_stand_in(optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
-    """Whether a parameter's state is one that `initial_state` made, as far as its count tells."""
+    """Whether a parameter's state is one that `initial_state` made, as far as its `step` tells."""
     return is_torchs(optimizer) and not isinstance(optimizer, STARTS_WITH_STATE) and not is_stepped(state)
 
 
 def is_stepped(state: Mapping[str, Any]) -> bool:
-    """Whether a parameter's state has seen a step, as far as its count tells."""
+    """Whether a parameter's state has seen a step, as far as its `step` tells."""
     return "step" not in state or float(state["step"]) != 0
 
 
 def is_torchs(optimizer: Optimizer) -> bool:
-    """Whether the rules of torch's own optimizers hold."""
+    """Whether `optimizer` is one of torch's own, and so follows their rules."""
     return type(optimizer).__module__.partition(".")[0] == "torch"
 
 
 def local_of(value: Any) -> Any:
-    """What of a DTensor this rank has; anything else as it is."""
+    """This rank's shard of a DTensor; anything else as it is."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 

@@ -24,20 +24,21 @@ class OptimizerState(StrictPart):
     """Optimizers and learning rate schedulers as a `Stateful`: `{"optim": ..., "sched": ...}`.
 
     `optim` is flat and by parameter name, so parameters may be regrouped between save and load. A parameter that never
-    had a gradient is stored as one that never stepped, and loads as that. Loading a parameter that the checkpoint has
-    no state for lets it start fresh; gradients are left alone.
+    had a gradient is stored, and loaded, as one that never stepped. A parameter that the checkpoint has no state for
+    starts fresh; gradients are left alone.
 
     Args:
         model: The module or modules whose parameters are optimized, wrapped as in `ModelState`.
         optimizer: One optimizer, or several with parameters of their own; with FSDP1, one for each module.
         scheduler: Anything with `state_dict` and `load_state_dict`, or several of them: those are `sched.<i>`.
-        is_peft: Accepted for upstream's callers and without effect: frozen parameters have no state to begin with.
-        cpu_offload: Tensors are copied to host memory; they do not alias the optimizer's then.
-        strict: State that has no place here, or is there in part only, is an error; otherwise it is noted. Schedulers
-            of another kind, or fewer than were saved, are an error in any case: it would be nobody's schedule.
+        is_peft: Accepted for upstream's callers, without effect: frozen parameters have no state to begin with.
+        cpu_offload: Tensors are copied to host memory, so they do not alias the optimizer's.
+        strict: State that has no place here, or only part of a parameter's state, is an error; otherwise it is noted.
+            Schedulers of a different kind, or fewer than were saved, are always an error: the schedule would be neither
+            the saved one nor the one built here.
 
     Raises:
-        UnsupportedState: an optimizer is around another one, which keeps the state.
+        UnsupportedState: an optimizer wraps another one, which keeps the state.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class OptimizerState(StrictPart):
         self.is_peft = is_peft
         self.cpu_offload = cpu_offload
         self.strict = strict
-        # What the last load did not do to the letter, one line each.
+        # What the last load left as built or could not take over, one line each.
         self.notes: tuple[str, ...] = ()
         self._bound = _bound(self.model, [state_holder(optimizer) for optimizer in self.optimizer])
 
@@ -66,8 +67,8 @@ class OptimizerState(StrictPart):
         """The state; tensors alias the optimizer's own. Collective for FSDP1.
 
         Raises:
-            UnsupportedState: an entry of the optimizer's state can't be loaded by other ranks; names it. Or the
-                optimizer needs a closure to step.
+            UnsupportedState: an entry of the optimizer's state can't be loaded by other ranks; names the entry. Or the
+                optimizer can't step without an argument, such as a closure.
         """
         optim: dict[str, Any] = {}
         for optimizer in self._bind():
@@ -103,7 +104,7 @@ class OptimizerState(StrictPart):
         loaded = {key for optimizer in bound for key in optimizer.load(state, hyper)}
         trained = {key for optimizer in bound for key in optimizer.trained}
         _log.info("optimizer: loaded the state of %d parameters", len(loaded))
-        # SGD without momentum has none, here or there.
+        # SGD without momentum has no state, here or in the checkpoint.
         fresh = trained - loaded if loaded or has_state else set()
         notes = [f"{optimizer_keys.some(fresh)} without optimizer state: fresh"] if fresh else []
         notes += schedulers.load(self.scheduler, sched, groups)
@@ -112,9 +113,9 @@ class OptimizerState(StrictPart):
             _log.warning("optimizer: %s", note)
 
     def check_saved(self, saved: dict[str, Any]) -> tuple[str, ...]:
-        """Groups whose parameters bring different hyperparameters, and schedulers that are others.
+        """What keeps `saved` from being loaded: hyperparameters that differ within a group, and schedulers that differ.
 
-        Hyperparameters in tensors are compared when they are read.
+        Hyperparameters in tensors are compared only once they are read.
         """
         flat = optimizer_keys.flatten(saved.get("optim", {}))
         _, hyper = self._by_parameter(flat)
@@ -131,12 +132,12 @@ class OptimizerState(StrictPart):
         return tuple(problems)
 
     def changed_from(self, saved: dict[str, Any]) -> tuple[str, ...]:
-        """What of the schedulers will not be as it was saved, one line each; changes nothing."""
+        """What will not be as it was saved in the schedulers, one line each; changes nothing."""
         sched = saved.get("sched") or {}
         return tuple(schedulers.differences(self.scheduler, sched)) if sched else ()
 
     def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:
-        """Say which missing and unexpected keys are no harm: about the state dict that was last asked for."""
+        """Decide which missing and unexpected keys are harmless, for the last result of `state_dict`."""
         bound = self._bind()
         problems, notes = optimizer_keys.judge(
             _under("optim", missing),
@@ -147,7 +148,7 @@ class OptimizerState(StrictPart):
         notes += schedulers.judge(self.scheduler, _under("sched", missing), _under("sched", unexpected))
         if not self.strict:
             problems, notes = [], problems + notes
-        # A parameter without state in the checkpoint had none, and has none after.
+        # A parameter without state in the checkpoint had none in the saved run, and has none after loading.
         is_partial = bool(unexpected) or any(not key.startswith("optim.state.") for key in missing)
         return Reconciled(problems=tuple(problems), notes=tuple(notes), is_partial=is_partial)
 
@@ -160,11 +161,11 @@ class OptimizerState(StrictPart):
         return "; ".join([*words, *schedulers.describe(self.scheduler), *self.notes])
 
     def _by_parameter(self, flat: dict[str, Any]) -> tuple[optimizer_keys.ByName, optimizer_keys.ByName]:
-        # Once for all groups and optimizers, of which there may be one for each parameter.
+        # Split once for all groups and optimizers: there may be one for each parameter.
         return optimizer_keys.by_parameter(flat, frozenset(key for bound in self._bound for key in bound.owned))
 
     def _saved_groups(self, hyper: optimizer_keys.ByName) -> list[schedulers.Groups]:
-        """For each scheduler, what the checkpoint has of the groups of its optimizer."""
+        """For each scheduler, the saved hyperparameters of its optimizer's groups; `None` if that is not ours."""
         found: list[schedulers.Groups] = []
         for scheduler in self.scheduler:
             groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
@@ -173,7 +174,7 @@ class OptimizerState(StrictPart):
         return found
 
     def _bind(self) -> list[BoundOptimizer | Fsdp1Optimizer]:
-        """The optimizers with the names that their parameters have now."""
+        """The optimizers, with their parameters bound to the names that these have now."""
         shards.reshard(self.model)
         names: dict[torch.Tensor, str] = {}
         for prefix, part in zip(model_keys.part_prefixes(self.model), self.model, strict=True):
@@ -193,7 +194,7 @@ def _bound(parts: list[nn.Module], optimizers: list[Optimizer]) -> list[BoundOpt
     if not any(FullyShardedDataParallel.fsdp_modules(part) for part in parts):
         return [BoundOptimizer(optimizer) for optimizer in optimizers]
     if len(parts) != len(optimizers):
-        # torch names the flat parameters of an optimizer over all of a module, and of no other.
+        # torch can name flat parameters only for an optimizer over all parameters of one module.
         raise ValueError(
             f"{len(optimizers)} optimizers for {len(parts)} FSDP1 modules: give each module one optimizer, over all "
             "its parameters (groups of it may differ), or wrap the model with fully_shard"

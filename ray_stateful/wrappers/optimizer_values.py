@@ -1,7 +1,7 @@
 """The values of one optimizer's state: reading them by parameter name, and putting them back exactly.
 
 State is copied into the optimizer's own tensors, never through `Optimizer.load_state_dict`, which casts everything
-to the parameter's dtype: float32 moments of a bfloat16 parameter, or 8-bit ones, would come back as something else.
+to the parameter's dtype: float32 moments of a bfloat16 parameter, or 8-bit moments, would come back changed.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _PLAIN = (int, float, bool, str, type(None))
 
 @dataclass(slots=True)
 class BoundOptimizer:
-    """An optimizer whose parameters have names. `keys` are unique; the order is that of the groups."""
+    """An optimizer whose parameters have names: `keys`, which are unique, in the order of the groups."""
 
     optimizer: Optimizer
     keys: dict[torch.Tensor, str] = field(default_factory=dict)
-    # What the last state_dict() handed out for parameters without state, so that the filled tensors are taken over
-    # and not copied. Weak: a save that found an unused expert does not keep zeros for it.
+    # What the last state_dict() handed out for parameters without state, so that `load` takes over the filled tensors
+    # and does not copy them. Weak references: the zeros that a save made for an unused expert are not kept.
     _offered: dict[str, dict[str, weakref.ref[torch.Tensor] | None]] = field(default_factory=dict)
 
     def groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, torch.Tensor]]]]:
@@ -60,7 +60,7 @@ class BoundOptimizer:
 
     @property
     def expected(self) -> dict[str, frozenset[str]]:
-        """The names in the state of each parameter: its own, or those last offered for it to be filled."""
+        """The names in the state of each parameter: its own, or those that `state_dict` last offered for filling."""
         return {
             key: frozenset(
                 self._offered[key]
@@ -86,10 +86,10 @@ class BoundOptimizer:
             yield from members
 
     def state_dict(self) -> dict[str, Any]:
-        """The flat entries; tensors alias the optimizer's own, or await filling where it has none yet.
+        """The flat entries; tensors alias the optimizer's own, or are new ones to fill where it has none yet.
 
         Raises:
-            UnsupportedState: a value does not survive saving and loading on other ranks; names its key.
+            UnsupportedState: a value can't be saved here and loaded on other ranks; names its key.
         """
         flat: dict[str, Any] = {}
         offered = self._templates()
@@ -100,7 +100,8 @@ class BoundOptimizer:
                     flat[f"{STATE}.{key}.{name}"] = self._checked(f"{STATE}.{key}.{name}", name, value, parameter)
                 for name, value in group.items():
                     if name not in (PARAMS, PARAM_NAMES):
-                        # One copy a parameter: filled in place, two groups that become one would hide a conflict.
+                        # One copy per parameter: two groups that become one would fill a shared tensor, which would
+                        # hide a conflict between them.
                         own = value.clone() if isinstance(value, torch.Tensor) else value
                         flat[f"{PARAM_GROUPS}.{key}.{name}"] = own
         self._offered = {
@@ -112,13 +113,13 @@ class BoundOptimizer:
         return flat
 
     def _templates(self) -> dict[str, dict[str, Any]]:
-        """State for the trainable parameters that have none: never had a gradient, or nothing was trained yet."""
+        """State for the trainable parameters that have none: they never had a gradient, or no step was made yet."""
         started = any(self.optimizer.state.get(parameter) for _, parameter in self.parameters())
         lacking: list[tuple[str, torch.Tensor]] = []
         for group, members in self.groups():
-            # With dampening, a first momentum is the gradient itself, and a buffer of zeros is not the same as none.
-            # There is no step count to tell them apart by, so such state is only made to be loaded into; a checkpoint
-            # of before the first step has it as well, and there it is known by its negative zeros.
+            # With dampening, the first momentum is the gradient itself, so a buffer of zeros is not the same as none,
+            # and no step count tells the two apart. So such state is made only to be loaded into, before the first
+            # step. A checkpoint saved then has it as well; a load recognises it by its negative zeros.
             if started and group.get("dampening"):
                 continue
             lacking += [pair for pair in members if pair[1].requires_grad and not self.optimizer.state.get(pair[1])]
@@ -132,7 +133,7 @@ class BoundOptimizer:
         return {key: state for (key, _), state in zip(lacking, made, strict=True)}
 
     def _checked(self, key: str, name: str, value: Any, parameter: torch.Tensor) -> Any:
-        """`value`, if it is the same for everyone who will load it."""
+        """`value`, if any rank may load it; otherwise raises `UnsupportedState`."""
         if isinstance(value, DTensor):
             if any(placement.is_partial() for placement in value.placements):
                 raise UnsupportedState(key, "a sum that is still spread over the ranks (Partial)", _NOT_SHAPED)
@@ -151,23 +152,23 @@ class BoundOptimizer:
     def _same_on_all_ranks(self, name: str, value: Any) -> bool:
         """Whether an unsharded entry of a sharded parameter's state can be stored once for all ranks.
 
-        DCP stores what is not sharded once, by name: one rank's factors would silently become everyone's. Counts
-        are the same everywhere, and so are the scalars of torch's own optimizers, which follow from counts.
+        DCP stores an unsharded entry once, by name: one rank's factors would silently become every rank's. Counts
+        are the same on all ranks, and so are the scalars of torch's own optimizers, which follow from counts.
         """
         if isinstance(value, torch.Tensor):
             return value.numel() == 1 and (name == "step" or is_torchs(self.optimizer))
         return not isinstance(value, float) or name == "step" or is_torchs(self.optimizer)
 
     def check_groups(self, hyper: ByName) -> None:
-        """Refuse hyperparameters that differ within a group: `ValueError`."""
+        """Refuse hyperparameters that differ within a group, with a `ValueError`."""
         for members in self.members():
             check_hyperparameters(members, hyper)
 
     def check(self, state: ByName, hyper: ByName) -> None:
-        """Refuse what is given by parameter, of this optimizer and others, before anything is touched.
+        """Refuse what does not fit, before anything is touched. Parameters of other optimizers are ignored.
 
         Raises:
-            ValueError: parameters of one group bring different hyperparameters, or shapes differ.
+            ValueError: hyperparameters differ within a group, shapes differ, or part of a parameter's state is missing.
         """
         self.check_groups(hyper)
         for key, parameter in self.parameters():
@@ -182,7 +183,7 @@ class BoundOptimizer:
                 raise ValueError(f"{STATE}.{key} lacks {absent}: part of a parameter's state is of no use")
 
     def load(self, state: ByName, hyper: ByName) -> list[str]:
-        """Take over what is there of its parameters; one without state in it starts fresh.
+        """Load what is given for this optimizer's parameters; one without state in `state` starts fresh.
 
         Returns:
             The keys of the parameters that got their state.
@@ -198,10 +199,10 @@ class BoundOptimizer:
         return loaded
 
     def _place_counts(self, group: Mapping[str, Any], parameters: Sequence[torch.Tensor]) -> None:
-        """Put step counts where the group's options want them, which may have come with the checkpoint.
+        """Put step counts on the device that the group's options require; these may come from the checkpoint.
 
-        The rule is that of `torch.optim.Optimizer.load_state_dict`: beside the parameter if the group is `fused` or
-        `capturable`, whose steps take nothing else.
+        The rule is that of `torch.optim.Optimizer.load_state_dict`: on the parameter's device if the group is `fused`
+        or `capturable`, as their steps accept nothing else.
         """
         for parameter in parameters:
             state = self.optimizer.state.get(parameter, {})
@@ -219,8 +220,8 @@ class BoundOptimizer:
         for key, parameter in self.parameters():
             values: Mapping[str, Any] = given.get(key, {})
             if self._is_stand_in(values, key in dampened):
-                # Saved without ever having had a gradient. It goes on as it would have: without state, also where
-                # there is some here. What stands beside the step is as after one: NAdam's mu_product is not 1.
+                # Saved without ever having had a gradient. It goes on as it would have: without state, even if there
+                # is some here. Entries other than the count are as after one step: NAdam's mu_product is not 1.
                 values = {}
             live = self.optimizer.state.get(parameter)
             if not values:
@@ -243,7 +244,7 @@ class BoundOptimizer:
         return loaded + [key for key, _ in starting]
 
     def _is_stand_in(self, values: Mapping[str, Any], is_dampened: bool) -> bool:
-        """Whether a parameter's state was made by `_templates`, and saved like that."""
+        """Whether a parameter's state was made by `_templates`, and saved unchanged."""
         if is_dampened and is_torchs(self.optimizer) and all(map(_is_negative_zero, values.values())):
             return True
         return is_stand_in(self.optimizer, values)
@@ -284,7 +285,7 @@ def _is_negative_zero(value: Any) -> bool:
 
 
 def _merged(live: Mapping[Any, Any], values: Mapping[str, Any], path: str = "") -> dict[Any, Any]:
-    """`live` with `values` put into its tensors; entries that only `values` has come along."""
+    """`live` with `values` copied into its tensors; entries that only `values` has are added."""
     merged: dict[Any, Any] = {}
     seen: set[str] = set()
     for name, ours in live.items():
@@ -301,9 +302,9 @@ def _merged(live: Mapping[Any, Any], values: Mapping[str, Any], path: str = "") 
 
 
 def _into(ours: Any, theirs: Any) -> Any:
-    """`theirs`, in the tensor that `ours` is: others may hold on to that one."""
+    """`theirs`, copied into `ours` if that is a tensor, as others may hold references to it."""
     if not isinstance(ours, torch.Tensor):
-        # Formats without tuples bring them back as lists.
+        # Formats without tuples return them as lists.
         return tuple(theirs) if isinstance(ours, tuple) and isinstance(theirs, list) else theirs
     if ours is theirs:
         return ours

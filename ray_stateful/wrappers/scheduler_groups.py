@@ -1,8 +1,8 @@
-"""The lists of a scheduler that have an entry for each group of its optimizer, in the order of the groups here. Pure.
+"""Puts the lists of a scheduler that have an entry per group of its optimizer in the order of the groups here. Pure.
 
-They are stored by number, and parameters by name: with the groups in another order, or with one of them divided, each
-learning rate would go to whichever group has its number. Which entry is whose is told by the rates that are stored
-beside it with every parameter.
+Their entries are stored by group number, but parameters by name: with the groups in a different order, or one of them
+divided, each learning rate would go to whichever group has its number. The rates that are stored with every parameter
+tell which entry belongs to which group.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Any
 
 from ray_stateful.wrappers.optimizer_keys import equal
 
-# By name: milestones, or the schedulers inside one, may be as many as there are groups.
+# Listed by name, as length does not tell: there may be the same number of milestones, or of inner schedulers.
 _BY_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "lr_lambdas")
-# Lists that say whose entry it is: by this hyperparameter of the group.
+# Lists that tell which group an entry belongs to: its value is that of this hyperparameter of the group.
 _RATES = {"base_lrs": "initial_lr", "_last_lr": "lr"}
 
 
 def regrouped(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The saved state `theirs`, its lists in the order of the groups of here; as it is, where that is their order.
+    """The saved state `theirs`, with its lists in the order of the groups here; unchanged if they have that order.
 
     Args:
-        ours: The state of the scheduler here; it says what a group has whose parameters are all new.
-        groups: The saved hyperparameters of each group of here; empty if all of its parameters are new.
+        ours: The state of the scheduler here; a group whose parameters are all new takes its entries from it.
+        groups: The saved hyperparameters of each group here; empty if all of its parameters are new.
 
     Raises:
-        ValueError: it can't be told which entry is of which group.
+        ValueError: it is ambiguous which entry belongs to which group.
     """
     lists = {name: theirs[name] for name in _BY_GROUP if isinstance(theirs.get(name), (list, tuple))}
     lengths = {len(values) for values in lists.values()}
@@ -49,14 +49,14 @@ def regrouped(
 def _told(
     lists: Mapping[str, Sequence[Any]], groups: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, dict[float, set[int]]]]:
-    """The rates that tell one group from another, each with the numbers of the entries that have a value."""
+    """The rates that can tell groups apart, each with the numbers of the entries that have a given value."""
     told: list[tuple[str, dict[float, set[int]]]] = []
     for name, rate in _RATES.items():
         numbers: dict[float, set[int]] = {}
         for number, value in enumerate(lists.get(name, ())):
             numbers.setdefault(float(value), set()).add(number)
         wanted = [saved.get(rate) for saved in groups if saved]
-        # What was set by hand, or by another scheduler of the same optimizer, tells nothing.
+        # A rate that was set by hand, or by a different scheduler of the same optimizer, tells nothing.
         if all(value is not None and float(value) in numbers for value in wanted):
             told.append((rate, numbers))
     return told
@@ -65,7 +65,7 @@ def _told(
 def _entries(
     num_saved: int, told: Sequence[tuple[str, Mapping[float, set[int]]]], saved: Mapping[str, Any]
 ) -> set[int]:
-    """The numbers of the entries that may be those of a group; none if it is new."""
+    """The numbers of the entries that may belong to a group; none if the group is new."""
     found = set(range(num_saved)) if saved else set()
     for rate, numbers in told if saved else ():
         found = found & numbers[float(saved[rate])] or found

@@ -11,25 +11,25 @@ from torch.optim.lr_scheduler import LRScheduler
 from ray_stateful.wrappers.optimizer_keys import some
 from ray_stateful.wrappers.scheduler_groups import regrouped
 
-# Of each group of an optimizer, the hyperparameters that the checkpoint has.
+# The hyperparameters that the checkpoint has for each group of an optimizer; None if the optimizer is not known.
 Groups: TypeAlias = Sequence[Mapping[str, Any]] | None
 
-# What SequentialLR and ChainedScheduler call those that they are made of.
+# Where SequentialLR and ChainedScheduler keep the schedulers that they are made of.
 _INNER = "_schedulers"
 
 
 def collect(schedulers: Sequence[Any]) -> dict[str, Any]:
-    """The state of one scheduler as it is, of several under their numbers; tensors are copies."""
+    """The state of a single scheduler as it is, or of several under their numbers; tensors are copies."""
     if len(schedulers) == 1:
         return dict(_copied(schedulers[0].state_dict()))
     return {str(index): _copied(scheduler.state_dict()) for index, scheduler in enumerate(schedulers)}
 
 
 def load(schedulers: Sequence[Any], state: Mapping[str, Any], groups: Sequence[Groups]) -> list[str]:
-    """Load what `state` has of each scheduler, after a `check`; what it lacks stays as built, and is noted.
+    """Load what `state` has for each scheduler, after a `check`; what it lacks stays as built. Returns notes.
 
     Args:
-        groups: Of each scheduler's optimizer; see `regrouped`. None where it is not known.
+        groups: Those of each scheduler's optimizer; see `regrouped`. None where it is not known.
     """
     notes = differences(schedulers, state)
     for scheduler, given, of in zip(schedulers, _each(schedulers, state), groups, strict=True):
@@ -40,7 +40,7 @@ def load(schedulers: Sequence[Any], state: Mapping[str, Any], groups: Sequence[G
 
 
 def differences(schedulers: Sequence[Any], state: Mapping[str, Any]) -> list[str]:
-    """What will not be as it was saved, and is no reason to refuse `state`."""
+    """What will not be as it was saved, but is no reason to refuse `state`, one line each."""
     notes: list[str] = []
     for scheduler, given in zip(schedulers, _each(schedulers, state), strict=True):
         if not given:
@@ -53,7 +53,7 @@ def differences(schedulers: Sequence[Any], state: Mapping[str, Any]) -> list[str
 
 
 def check(schedulers: Sequence[Any], state: Mapping[str, Any], groups: Sequence[Groups]) -> list[str]:
-    """What keeps `state` from being loaded: more schedulers in it, another kind, groups that can't be told."""
+    """What keeps `state` from being loaded: more schedulers than here, a different kind, or ambiguous groups."""
     num_saved = len(state) if _is_numbered(state) else 1
     if schedulers and state and num_saved > len(schedulers):
         return [
@@ -74,7 +74,7 @@ def check(schedulers: Sequence[Any], state: Mapping[str, Any], groups: Sequence[
 
 
 def has_tensors(value: Any) -> bool:
-    """Whether there are tensors in `value`: rates that can't be compared before they are read."""
+    """Whether there are tensors in `value`: rates in tensors can't be compared before they are read."""
     if isinstance(value, Mapping):
         return any(map(has_tensors, value.values()))
     return any(map(has_tensors, value)) if isinstance(value, (list, tuple)) else isinstance(value, torch.Tensor)
@@ -85,13 +85,13 @@ def _is_numbered(state: Mapping[str, Any]) -> bool:
 
 
 def _each(schedulers: Sequence[Any], state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Of each scheduler what there is of it, by its number; those that are new come last."""
+    """The saved state of each scheduler, by its number; empty for new ones, which come last."""
     saved = [state[str(number)] for number in range(len(state))] if state and _is_numbered(state) else [state]
     return [saved[number] if number < len(saved) else {} for number in range(len(schedulers))]
 
 
 def _on_one_side(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """What is only here and what is only there, but for what torch had and has not, and keeps to itself."""
+    """The names only in `ours` and only in `theirs`, without private ones and `verbose`, which torch has dropped."""
     here, there = ({name for name in side if not name.startswith("_") and name != "verbose"} for side in (ours, theirs))
     return here - there, there - here
 
@@ -117,7 +117,7 @@ def _other_kind(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -
 
 
 def _regrouped(ours: Mapping[str, Any], theirs: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Any:
-    """`regrouped`, also of the schedulers inside."""
+    """As `regrouped`, but also for the schedulers inside."""
     found = regrouped(ours, theirs, groups)
     if _INNER in ours and _INNER in found:
         pairs = zip(ours[_INNER], found[_INNER], strict=True)
@@ -126,7 +126,7 @@ def _regrouped(ours: Mapping[str, Any], theirs: Mapping[str, Any], groups: Seque
 
 
 def judge(schedulers: Sequence[Any], missing: Iterable[str], unexpected: Iterable[str]) -> list[str]:
-    """Notes about the scheduler keys that are on one side only."""
+    """Notes about the keys that only the schedulers here have, or only the checkpoint."""
     absent, extra = set(missing), set(unexpected)
     if not schedulers:
         return ["the checkpoint has a scheduler, and there is none here: not loaded"] if extra else []
@@ -158,8 +158,8 @@ def describe(schedulers: Sequence[Any]) -> list[str]:
 def _copied(value: Any) -> Any:
     """`value` with a copy of every tensor in it.
 
-    A learning rate may be a tensor. `SequentialLR` begins with the one of its first scheduler: filled in place, the
-    last of two entries would be both.
+    A learning rate may be a tensor, which `SequentialLR` shares with its first scheduler: filled in place, both
+    entries would get the value that is read last.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
@@ -169,8 +169,8 @@ def _copied(value: Any) -> Any:
 
 
 def _completed(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """`theirs`, with what only `ours` has: a scheduler may rely on entries that an older version did not write."""
-    # One entry is taken whole: milestones of here among those of the checkpoint would be neither's schedule.
+    """`theirs`, plus what only `ours` has: a scheduler may rely on entries that an older version did not write."""
+    # Each entry is taken whole: a mix of the milestones here and those of the checkpoint would be neither schedule.
     completed = {**ours, **theirs}
     for name in ours.keys() & theirs.keys():
         if isinstance(ours[name], tuple) and isinstance(theirs[name], list):

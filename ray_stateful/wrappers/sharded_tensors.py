@@ -1,7 +1,7 @@
 """FSDP1's `ShardedTensor`s as DTensors, and back.
 
 torch's planners drop a ShardedTensor of which a rank has no shard, and then take the checkpoint for one of an older
-layout: a model with an empty shard would save and not load. As DTensors they are what FSDP2 has, for every reader.
+layout: a model with an empty shard would save but not load. As DTensors they look like FSDP2's to every reader.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ray_stateful.ranks import device_of
 
 
 def as_dtensor(value: Any) -> Any:
-    """A DTensor over the same memory; anything but a ShardedTensor as it is."""
+    """A DTensor over the memory of a ShardedTensor; anything else as it is."""
     if not isinstance(value, ShardedTensor):
         return value
     with _deprecated():
@@ -33,12 +33,12 @@ def as_dtensor(value: Any) -> Any:
         mesh = _mesh(value._process_group)
     stride = torch.empty(shape, device="meta").stride()
     layout = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(shape, stride, value.dtype))
-    # Not `from_local`: it moves what is offloaded to the mesh's device, a copy that nobody would see written to.
+    # Not `from_local`: it copies an offloaded shard to the mesh's device, and what is written to a copy is lost.
     return DTensor(local, layout, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def into_sharded(ours: Any, theirs: Any) -> Any:
-    """The ShardedTensor `ours`, holding what the DTensor or whole tensor `theirs` has."""
+    """The ShardedTensor `ours`, filled from the DTensor or whole tensor `theirs`; otherwise `theirs` as it is."""
     if not isinstance(ours, ShardedTensor) or isinstance(theirs, ShardedTensor) or not isinstance(theirs, torch.Tensor):
         return theirs
     with _deprecated(), torch.no_grad():
@@ -53,23 +53,23 @@ def into_sharded(ours: Any, theirs: Any) -> Any:
 
 
 def _no_rows(value: ShardedTensor) -> torch.Tensor:
-    """The shard of a rank that has none, where the others have theirs: every rank is told where they are."""
+    """An empty shard for a rank that has none, on the device type of the others' shards, which the metadata tells."""
     placement = value.metadata().shards_metadata[0].placement
     assert placement is not None
-    # The type alone: the number is that of another rank's device.
+    # The device type alone: the index is that of another rank's device.
     return torch.empty(0, *value.size()[1:], dtype=value.dtype, device=placement.device().type)
 
 
 @functools.cache
 def _mesh(group: dist.ProcessGroup) -> DeviceMesh:
-    # Of the group's device, and not of this rank's shard, which it may lack: with meshes of two kinds the ranks would
-    # not meet in one collective. A shard that was offloaded is joined there too.
+    # On the group's device, not on that of this rank's shard, which it may lack: with meshes of two kinds the ranks
+    # would not meet in one collective. Shards that were offloaded are joined on the group's device too.
     return DeviceMesh.from_group(group, device_of(group))
 
 
 @contextmanager
 def _deprecated() -> Iterator[None]:
-    # FSDP1 makes these tensors; whoever looks at them is told that they are deprecated.
+    # FSDP1 makes these tensors, but torch warns anyone who accesses them that they are deprecated.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

@@ -412,7 +412,7 @@ def test_a_part_saved_once_for_all_ranks_and_now_one_for_each_is_a_mismatch_and_
     loader, run = Part({"pos": 1}), str(tmp_path)
     kinds = {"plain": loader, "of ranks": LoaderState(loader)}
     checkpoint.save({"loader": kinds["plain"]}, step=1, run=run)
-    for step, now, before in [(2, "of ranks", "all ranks"), (3, "plain", "each rank")]:
+    for step, now, before in [(2, "of ranks", "each rank"), (3, "plain", "all ranks")]:
         checkpoint.save({"loader": kinds[now]}, step=step, run=run)
         loader.value = "as it was"
         other = next(part for kind, part in kinds.items() if kind != now)

@@ -417,7 +417,7 @@ def test_a_part_saved_once_for_all_ranks_and_now_one_for_each_is_a_mismatch_and_
         loader.value = "as it was"
         other = next(part for kind, part in kinds.items() if kind != now)
 
-        with pytest.raises(StateMismatch, match=rf"loader: the checkpoint has one value for {before}, .*the kind of part"):
+        with pytest.raises(StateMismatch, match=f"loader: the checkpoint has one value for {before}, .*kind of part"):
             checkpoint.restore({"loader": other}, run=run)
 
         assert loader.value == "as it was"

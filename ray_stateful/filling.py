@@ -15,7 +15,7 @@ import torch
 from ray_stateful import parts
 from ray_stateful.errors import DamagedCheckpoint
 from ray_stateful.format import layout
-from ray_stateful.format.rows import KeyPath, StoredChunk
+from ray_stateful.format.rows import IntKey, KeyPath, StoredChunk
 from ray_stateful.matching import Match
 from ray_stateful.runs import Run
 from ray_stateful.states.part import RankPart, StrictPart, World
@@ -59,11 +59,11 @@ def fill_strict(
     for row in (opened.trees[tree] for tree in match.trees):
         value = put(value, row.path[1:], parts.tree_value(opened, row))
     for key in match.absent:
-        remove(value, mappings[key][1:])
+        remove(value, _path_in(template, mappings[key][1:]))
     for key, source in match.sources.items():
         chunk = opened.chunks[source][0]
         if chunk.dtype is None:
-            value = put(value, mappings[key][1:], value_of(run.storage, opened.path, chunk))
+            value = put(value, _path_in(template, mappings[key][1:]), value_of(run.storage, opened.path, chunk))
         else:
             tensors[key] = flat[key]
     sources = {key: match.sources[key] for key in tensors}
@@ -144,6 +144,24 @@ def problem_of_kind(name: str, part: Any, paths: Iterable[KeyPath], opened: Open
         f"{name}: the checkpoint has {found[0]}, but the state's part (a {type(part).__name__}) has {found[1]}: use "
         "the kind of part that it was saved from, or leave it out of this restore"
     )
+
+
+def _path_in(nested: Any, path: KeyPath) -> KeyPath:
+    """`path` with the keys that `nested` has: in DCP's paths every key of a dict is a string."""
+    found: list[str | int] = []
+    for step in path:
+        if isinstance(nested, Mapping) and step not in nested:
+            step = IntKey(step) if _is_int_key(nested, step) else next(key for key in nested if str(key) == step)
+        found.append(step)
+        nested = nested[step]
+    return tuple(found)
+
+
+def _is_int_key(nested: Mapping[Any, Any], step: str | int) -> bool:
+    try:
+        return int(step) in nested
+    except ValueError:
+        return False
 
 
 def _of_ranks(name: str, opened: OpenCheckpoint) -> dict[str, OpenCheckpoint]:

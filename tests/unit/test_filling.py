@@ -4,13 +4,40 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from attacks import victim
-from ray_stateful import filling
+from ray_stateful import checkpoint, filling
 from ray_stateful.format.rows import tree_row
 from ray_stateful.runs import DirectoryRun
-from ray_stateful.states.part import World
+from ray_stateful.states.part import Reconciled, StrictPart, World
 from ray_stateful.storage import opening
 from ray_stateful.storage.uris import resolve
+
+
+class Nested(StrictPart):
+    """Its dicts have ints as keys, as those of torch's optimizers have; `extra` is only here."""
+
+    def __init__(self, number, **extra):
+        self.tensor, self.number, self.extra, self.given = torch.full((2,), float(number)), number, extra, None
+
+    def state_dict(self):
+        return {"state": {0: {"tensor": self.tensor, "number": self.number, **self.extra}}}
+
+    def load_state_dict(self, state_dict):
+        self.given = state_dict
+
+    def reconcile(self, missing, unexpected):
+        return Reconciled()
+
+
+def test_a_strict_part_is_handed_the_keys_that_its_dicts_have_and_not_strings_in_their_place(tmp_path):
+    checkpoint.save({"part": Nested(5)}, step=1, run=str(tmp_path))
+    fresh = Nested(7, extra=8)
+    checkpoint.restore({"part": fresh}, run=str(tmp_path))
+
+    assert fresh.given == {"state": {0: {"tensor": fresh.tensor, "number": 5}}}
+    assert torch.equal(fresh.tensor, torch.full((2,), 5.0))
 
 
 class Counted(dict):

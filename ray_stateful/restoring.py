@@ -26,7 +26,7 @@ from ray_stateful.storage import opening, verifying
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.reading import ReadStatistics
-from ray_stateful.storage.structure import copy_containers, is_tensor, refuse_wrapper
+from ray_stateful.storage.structure import copy_containers, is_tensor, refuse_interleaved, refuse_wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def restore_opened(
         step=opened.manifest.step if opened.manifest else 0,
     )
     filled = _match(state, run, opened, world, ranks, initial, touched)
-    touched |= _keys(filled)
+    touched |= _filled_in_place(filled)
 
     foreseen = foresee(filled, world, opened, initial)
     if ranks.rank == 0:
@@ -168,7 +168,8 @@ def _match(
         for key, value in planner.state_dict.items():
             if is_tensor(value):
                 refuse_wrapper(key, value)
-    everyones_keys = _union_of_keys(planner.mappings, outcome, ranks)
+                refuse_interleaved(key, value)
+    everyones_keys = _keys_of_strict_parts(state, planner.mappings, outcome, ranks)
     flat = planner.state_dict
     saved = parts.saved_parts(opened)
     problems = [
@@ -203,12 +204,17 @@ def _match(
                 problems += [f"{name}: {problem}" for problem in unfit]
                 if not unfit and not resized:
                     filled[name] = replace(filled[name], changes=_asked(part, "changed_from", filled[name].value))
-    _agree_on_problems(opened, problems, refusals, touched - _keys(filled), outcome, ranks)
+    _agree_on_problems(opened, problems, refusals, touched - _filled_in_place(filled), outcome, ranks)
     return filled
 
 
-def _keys(filled: Mapping[str, Filled]) -> set[str]:
-    return {key for part in filled.values() for key in part.tensors}
+def _filled_in_place(filled: Mapping[str, Filled]) -> set[str]:
+    """The keys of tensors that are read into the state itself.
+
+    Other parts than strict ones are handed new tensors, and none before all is read: of a checkpoint that is rejected
+    they have nothing, and it may have been written by a different number of ranks, each with keys of its own.
+    """
+    return {key for part in filled.values() if isinstance(part.part, StrictPart) for key in part.tensors}
 
 
 def _refuse_without_memory(template: Mapping[str, Any]) -> None:
@@ -251,13 +257,16 @@ def _agree_on_problems(
     raise Rejected(f"has no entry {first!r}, which was loaded from a newer, damaged checkpoint")
 
 
-def _union_of_keys(mappings: Mapping[str, tuple[str | int, ...]], outcome: Outcome, ranks: Ranks) -> dict[str, str]:
-    """Every key of any rank's state, except those that belong to a single rank, mapped to the name of its part.
+def _keys_of_strict_parts(
+    state: parts.State, mappings: Mapping[str, tuple[str | int, ...]], outcome: Outcome, ranks: Ranks
+) -> dict[str, str]:
+    """Every key that a strict part has on any rank, mapped to the name of the part.
 
     Raises:
         RankFailed: on every rank, if `outcome` holds an error on any of them.
     """
-    mine = {key: str(path[0]) for key, path in mappings.items() if not layout.is_of_one_rank(path)}
+    strict = {name for name, part in state.items() if isinstance(part, StrictPart)}
+    mine = {key: str(path[0]) for key, path in mappings.items() if path[0] in strict}
     # With data parallelism all ranks have the same keys.
     digest = int(checksum("\n".join(sorted(mine)).encode()), 16) >> 1
     digests = ranks.raise_if_any_failed("collect the state", outcome, [digest])

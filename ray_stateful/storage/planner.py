@@ -31,7 +31,14 @@ from ray_stateful.format.layout import is_of_one_rank
 from ray_stateful.format.rows import MAX_PATH_LENGTH, KeyPath
 from ray_stateful.storage.assignment import SMALL_BYTES, ListingPlan, ValueWriteData, assign, lengths_of
 from ray_stateful.storage.staging import StagedTensors, Staging
-from ray_stateful.storage.structure import PLAIN_TENSORS, flatten, is_tensor, refuse_wrapper, two_of
+from ray_stateful.storage.structure import (
+    PLAIN_TENSORS,
+    flatten,
+    is_tensor,
+    refuse_interleaved,
+    refuse_wrapper,
+    two_of,
+)
 
 _LONE_HALF = re.compile("[\ud800-\udfff]")
 
@@ -198,3 +205,4 @@ def _refuse_unsupported(key: str, path: KeyPath, value: Any) -> None:
             "give the part a state_dict() of dense tensors",
         )
     refuse_wrapper(key, value)
+    refuse_interleaved(key, value)

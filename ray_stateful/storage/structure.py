@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -115,6 +116,36 @@ def refuse_wrapper(key: str, tensor: Any) -> None:
             f"a {type(tensor).__name__}, whose elements are in other tensors,",
             "give the part a state_dict() of those, or of a plain tensor made of them",
         )
+
+
+def refuse_interleaved(key: str, tensor: Any) -> None:
+    """Refuse a DTensor whose local shard is not one box of the whole tensor.
+
+    FSDP2 shards a dim that tensor parallelism has sharded before: a `_StridedShard`, whose `split_factor` is the number
+    of shards that the axes to its right make. Together with those it leaves each rank one run of rows. In any other
+    order, or with another factor, a rank has rows from several places, and torch's offsets are those of the first.
+
+    Raises:
+        UnsupportedState: it is one.
+    """
+    if not isinstance(tensor, DTensor):
+        return
+    for axis, placement in enumerate(tensor.placements):
+        factor = getattr(placement, "split_factor", None)
+        if factor is None:
+            continue
+        same_dim = [other for other, place in enumerate(tensor.placements) if _dim_of(place) == _dim_of(placement)]
+        before = [other for other in same_dim if other < axis and not hasattr(tensor.placements[other], "split_factor")]
+        if before or factor != math.prod(tensor.device_mesh.size(other) for other in same_dim if other > axis):
+            raise UnsupportedState(
+                key,
+                f"a DTensor with placements {tensor.placements}, whose shards are not contiguous,",
+                "redistribute it first, for example to Shard alone",
+            )
+
+
+def _dim_of(placement: Any) -> int | None:
+    return getattr(placement, "dim", None)
 
 
 def _has_no_memory(tensor: torch.Tensor) -> bool:

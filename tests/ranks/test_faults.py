@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from ray_stateful import checkpoint
 from ray_stateful.errors import (
@@ -22,6 +23,7 @@ from ray_stateful.errors import (
 )
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.states.part import Reconciled, StrictPart
+from ray_stateful.states.random import RandomState
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import Fail, FaultyStorage, Flip, Truncate, run_ranks
@@ -216,6 +218,62 @@ def test_damage_that_one_rank_meets_makes_all_ranks_take_the_older_checkpoint_an
             assert named in str(error)
             assert "no such part" in str(error)
             assert untouched
+
+
+def with_streams(fill):
+    """The tensors are filled in place; the streams are one for each rank, so that each size has keys of its own."""
+    return {"part": Shards(fill), "random": RandomState()}
+
+
+def save_with_streams(root, step):
+    checkpoint.save(with_streams(step), step=step, run=root, timeout_s=20)
+
+
+def restore_past_damage(root):
+    storage = resolve(root)[0].inner
+    newest = next(iter(DirectoryRun(storage, root, root).candidates()))
+    flipped = FaultyStorage(storage, [Flip("read", path=f"{newest}/__", num_times=None, byte=100)])
+    fresh = with_streams(0)
+    report = checkpoint.restore(fresh, run=DirectoryRun(flipped, root, root), timeout_s=20)
+    return report.step, len(report.rejected), fresh["part"].holds(1)
+
+
+@pytest.mark.parametrize(("older", "newer"), [(1, 2), (2, 1), (3, 1), (2, 3)])
+def test_an_intact_checkpoint_of_a_different_number_of_ranks_is_taken_after_a_damaged_one(tmp_path, older, newer):
+    for step, size in ((1, older), (2, newer)):
+        assert run_ranks(size, save_with_streams, str(tmp_path), step) == [None] * size
+
+    assert run_ranks(2, restore_past_damage, str(tmp_path)) == [(1, 1, True)] * 2
+
+
+def interleaved(root):
+    mesh = init_device_mesh("cpu", (2, 2))
+    whole = torch.arange(8.0)
+    as_fsdp_and_tp = [_StridedShard(0, split_factor=2), Shard(0)]
+    saved = Part({"w": distribute_tensor(whole, mesh, as_fsdp_and_tp)})
+    checkpoint.save({"part": saved}, step=1, run=root, timeout_s=20)
+    found = []
+    for placements in (
+        as_fsdp_and_tp,
+        [Shard(0), _StridedShard(0, split_factor=2)],
+        [_StridedShard(0, split_factor=2)] * 2,
+    ):
+        fresh = Part({"w": distribute_tensor(torch.zeros(8), mesh, placements)})
+        try:
+            checkpoint.restore({"part": fresh}, run=root, timeout_s=20)
+            expected = distribute_tensor(whole, mesh, placements).to_local()
+            found.append(torch.equal(fresh.value["w"].to_local(), expected))
+        except RankFailed as error:
+            found.append(("part.w" in str(error), "not contiguous" in str(error)))
+        try:
+            checkpoint.save({"part": fresh}, step=2, run=root, timeout_s=20)
+        except SaveFailed as error:
+            found.append(("part.w" in str(error), "not contiguous" in str(error)))
+    return found
+
+
+def test_a_tensor_whose_shards_are_not_contiguous_is_refused_by_key_instead_of_being_read_from_a_wrong_place(tmp_path):
+    assert run_ranks(4, interleaved, str(tmp_path)) == [[True, *[(True, True)] * 4]] * 4
 
 
 def one_value_each(root):

@@ -159,6 +159,20 @@ class Scaled(nn.Linear):
         self.scales = {"largest": state["largest"], "history": state["history"]}
 
 
+def test_a_parameter_that_is_named_as_a_rank_is_the_models(tmp_path):
+    def build(fill):
+        model = nn.Linear(2, 2)
+        model.rank_0 = nn.Parameter(torch.full((2,), fill))
+        return model
+
+    checkpoint.save({"model": ModelState(build(3.0))}, step=1, run=str(tmp_path))
+    fresh = build(0.0)
+    report = checkpoint.restore({"model": ModelState(fresh)}, run=str(tmp_path))
+
+    assert torch.equal(fresh.rank_0, torch.full((2,), 3.0))
+    assert [part.outcome for part in report.parts] == ["exact"]
+
+
 def test_extra_state_in_a_dict_that_is_not_in_the_checkpoint_stays_as_it_is(tmp_path):
     saved, fresh = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(Scaled())
     checkpoint.save(state_of(saved), step=1, run=str(tmp_path))

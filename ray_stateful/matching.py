@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from ray_stateful.format.dtypes import dtype_name
 from ray_stateful.format.rows import StoredChunk
 from ray_stateful.states.part import StrictPart
 from ray_stateful.storage.opening import OpenCheckpoint
+from ray_stateful.storage.staging import local_tensors
 from ray_stateful.storage.structure import is_tensor
 
 _CASTABLE = frozenset({"bfloat16", "float16", "float32", "float64"})
@@ -86,6 +87,9 @@ def match_strict(
             is_partial = True
         else:
             problems.append(f"{key.removeprefix(prefix)}: {difference}")
+    for key, other in _two_in_one(sources, flat, opened):
+        kept = other.removeprefix(prefix)
+        problems.append(f"{key.removeprefix(prefix)}: the same tensor as {kept} here, and not in the checkpoint")
     notes += [f"cast from {cast}: {number} tensors" for cast, number in sorted(casts.items())]
     return Match(
         problems=tuple(f"{name}.{problem}" for problem in problems),
@@ -105,6 +109,26 @@ def _has_entry_below(keys: Sequence[str], prefix: str) -> bool:
 
 def _without(prefix: str, keys: Set[str]) -> frozenset[str]:
     return frozenset(key.removeprefix(prefix) for key in keys)
+
+
+def _two_in_one(
+    sources: Mapping[str, str], flat: Mapping[str, Any], opened: OpenCheckpoint
+) -> Iterator[tuple[str, str]]:
+    """Keys that are one tensor here (tied weights) and two different ones in the checkpoint: either could be loaded.
+
+    Known from the checksums, so not for a checkpoint that has none.
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    for key, _, tensor in local_tensors({key: flat[key] for key in sorted(sources)}):
+        if tensor.numel() == 0:
+            continue
+        other = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), key)
+        if _contents(opened.chunks[sources[other]]) != _contents(opened.chunks[sources[key]]):
+            yield key, other
+
+
+def _contents(chunks: Sequence[StoredChunk]) -> list[tuple[Any, ...]]:
+    return sorted((chunk.box.offsets, chunk.box.sizes, bytes(chunk.checksums)) for chunk in chunks)
 
 
 def _cast(value: Any, chunk: StoredChunk) -> str | None:

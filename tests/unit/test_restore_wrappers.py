@@ -159,6 +159,29 @@ class Scaled(nn.Linear):
         self.scales = {"largest": state["largest"], "history": state["history"]}
 
 
+def two_layers(tied):
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    if tied:
+        model["c"].weight = model["a"].weight
+    return model
+
+
+def test_two_tensors_that_are_one_here_are_refused_unless_they_are_equal_in_the_checkpoint(tmp_path):
+    fresh = two_layers(tied=True)
+    before = fresh["a"].weight.detach().clone()
+    checkpoint.save({"model": ModelState(two_layers(tied=False))}, step=1, run=str(tmp_path / "two"))
+    with pytest.raises(StateMismatch, match=r"model.c.weight: the same tensor as a.weight here"):
+        checkpoint.restore({"model": ModelState(fresh)}, run=str(tmp_path / "two"))
+    assert torch.equal(fresh["a"].weight, before)
+
+    saved = two_layers(tied=False)
+    saved["c"].load_state_dict(saved["a"].state_dict())
+    checkpoint.save({"model": ModelState(saved)}, step=1, run=str(tmp_path / "equal"))
+    report = checkpoint.restore({"model": ModelState(fresh)}, run=str(tmp_path / "equal"))
+    assert torch.equal(fresh["a"].weight, saved["a"].weight)
+    assert [part.outcome for part in report.parts] == ["exact"]
+
+
 def test_a_parameter_that_is_named_as_a_rank_is_the_models(tmp_path):
     def build(fill):
         model = nn.Linear(2, 2)

@@ -101,11 +101,16 @@ class LoaderState(RankPart):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._loader.load_state_dict(state_dict["loader"])
-        # Starts the loader now: otherwise the next `iter` would draw where an uninterrupted run does not.
-        self.state_dict()
+        self._start()
 
     def check_resize(self, name: str, world: World) -> None:
         self._rule.check(name, world)
 
     def resize(self, saved: Mapping[int, Mapping[str, Any]], world: World) -> str:
-        return self._rule.apply(self._loader, {rank: state["loader"] for rank, state in saved.items()}, world)
+        how = self._rule.apply(self._loader, {rank: state["loader"] for rank, state in saved.items()}, world)
+        self._start()
+        return how
+
+    def _start(self) -> None:
+        # Otherwise the next `iter` would draw from the global stream, where an uninterrupted run does not.
+        self.state_dict()

@@ -37,7 +37,8 @@ class RandomState(RankPart):
     bits of a SHA-256: the same for the same resume, different for every rank, stream and step.
 
     Args:
-        generators: More streams, by name. They must be the same names when resuming, on any number of workers.
+        generators: More streams, by name. They must be the same names when resuming, on any number of workers. How many
+            children a NumPy generator has spawned is not in its state: spawn them before the restore, and name them.
         seed: What derived streams come from; the same on every rank. A resumed run keeps the checkpoint's. Default: the
             seed that rank 0's torch stream was given.
         devices: CUDA devices that this rank draws on; the same number of them when resuming on the same number of

@@ -73,6 +73,17 @@ def test_a_merge_function_gets_all_saved_positions_and_its_answer_is_loaded():
     assert next(iter(fresh)).tolist() == [36, 37, 38, 39]
 
 
+@pytest.mark.parametrize("rule", [Merge(lambda saved, world: saved[world.rank]), Restart()], ids=["merge", "restart"])
+def test_after_a_resize_the_next_batch_draws_nothing_from_the_runs_random_stream(rule):
+    fresh = loader()
+    part = LoaderState(fresh, on_resize=rule)
+    part.resize({rank: through_storage(LoaderState(after(rank)[0]).state_dict()) for rank in range(3)}, SHRINK)
+    stream = torch.get_rng_state()
+
+    next(iter(fresh))
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
 def test_a_loader_without_a_position_is_refused_when_it_is_wrapped():
     with pytest.raises(ValueError, match="a list has no state_dict"):
         LoaderState([1, 2, 3])

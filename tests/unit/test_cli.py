@@ -481,6 +481,8 @@ from ray_stateful import verify
 from ray_stateful.cli.main import main
 from ray_stateful.storage.local import LocalStorage
 verify.PART_BYTES, verify.NUM_THREADS = 1 << 16, 1
+# What a shell starts in the background ignores the signal, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 parts = []
 def read(self, path, offset=0, length=None, inner=LocalStorage.read):
     if path.endswith(".distcp"):

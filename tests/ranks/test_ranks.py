@@ -1,4 +1,5 @@
 import os
+import sys
 import time
 
 import pytest
@@ -105,7 +106,8 @@ def test_an_exception_that_can_not_be_read_back_costs_no_other_outcome_and_keeps
     first, second = run_ranks(2, raise_on_one)
     assert first == "done"
     assert "here: no" in str(second)
-    assert any("raise_on_one" in note for note in second.__notes__)
+    # Exceptions have notes from 3.11 on.
+    assert sys.version_info < (3, 11) or any("raise_on_one" in note for note in second.__notes__)
 
 
 def hang_in(rank):

@@ -150,7 +150,10 @@ class _Broadcast:
         parts = torch.split(bucket, sizes)
         if self.rank == self.reader:
             for part, tensor in zip(parts, tensors, strict=True):
-                part.copy_(tensor.cpu().contiguous().view(-1).view(torch.uint8))
+                # `as_strided` sets the stride: a tensor of one element counts as contiguous whatever its stride is,
+                # and `view` would keep it.
+                flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))
+                part.copy_(flat.view(torch.uint8))
         dist.broadcast(bucket, src=self.reader, group=self.channel)
         if self.rank != self.reader:
             for part, tensor in zip(parts, tensors, strict=True):

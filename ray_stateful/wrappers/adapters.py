@@ -191,8 +191,9 @@ def _broadcast(value: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype
     device = torch.device(device_of())
     mine = value.to(device).contiguous() if dist.get_rank() == 0 and value is not None else None
     box = torch.empty(shape, dtype=dtype, device=device) if mine is None else mine
-    # As bytes: backends refuse some dtypes, and a broadcast need not understand any.
-    dist.broadcast(box.reshape(-1).view(torch.uint8), src=0)
+    # As bytes: backends refuse some dtypes, and a broadcast need not understand any. A tensor of one element counts as
+    # contiguous whatever its stride is, and can be viewed as bytes only with a stride of 1, which `as_strided` sets.
+    dist.broadcast(box.as_strided((box.numel(),), (1,)).view(torch.uint8), src=0)
     return box
 
 

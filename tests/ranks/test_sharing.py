@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard
 
-from ray_stateful import Checkpointer, RandomState, checkpoint
+from ray_stateful import Checkpointer, ModelState, RandomState, checkpoint
 from ray_stateful.errors import NoIntactCheckpoint
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
+from ray_stateful.states.part import Reconciled, StrictPart
 from ray_stateful.storage import sharing
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import FaultyStorage, Flip, run_ranks
@@ -106,3 +107,41 @@ def test_replicated_tensors_are_read_once_and_sent_to_the_other_replicas(tmp_pat
             assert bytes_read <= 1.02 * bytes_wanted or case[1] == [Shard(0), Shard(1)], case
             assert "x of what this world needs" in of_part
         assert outcome[-1] == "NoIntactCheckpoint"
+
+
+class Whole(StrictPart):
+    """A part whose tensors every rank holds whole, and which are filled where they are."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def state_dict(self):
+        return self.tensors
+
+    def load_state_dict(self, state_dict):
+        pass
+
+    def reconcile(self, missing, unexpected):
+        return Reconciled(problems=tuple(sorted(missing | unexpected)))
+
+
+LAYOUTS = {
+    "one element of a row": lambda value: torch.tensor([[value, 2.0]])[:, 0],
+}
+
+
+def restore_layouts(run):
+    checkpoint.save({"part": Whole({n: make(3.0) for n, make in LAYOUTS.items()})}, step=1, run=run, timeout_s=20)
+    tensors = {name: make(0.0) for name, make in LAYOUTS.items()}
+    checkpoint.restore({"part": Whole(tensors)}, run=run, timeout_s=20)
+    wrong = [name for name, make in LAYOUTS.items() if not torch.equal(tensors[name], make(3.0))]
+    # The weights of adapters are sent, too: rank 0 has them, as they were loaded from anywhere.
+    adapter = torch.nn.Module()
+    adapter.lora_scale = torch.nn.Parameter(torch.zeros(1))
+    saved = {"base_model.model.lora_scale": torch.tensor([[3.0, 2.0]])[:, 0]} if dist.get_rank() == 0 else {}
+    ModelState(adapter, is_peft=True).load_state_dict(saved)
+    return wrong if torch.equal(adapter.lora_scale, torch.tensor([3.0])) else [*wrong, "adapter"]
+
+
+def test_a_replica_is_sent_what_it_holds_in_whatever_layout_it_holds_it(tmp_path):
+    assert run_ranks(2, restore_layouts, str(tmp_path)) == [[], []]

@@ -182,12 +182,14 @@ def _place(piece: Piece, data: memoryview, target: torch.Tensor) -> None:
     for dim, (offset, size) in enumerate(zip(piece.target_offsets, sizes, strict=True)):
         target = target.narrow(dim, offset, size)
     dtype = getattr(torch, piece.chunk.dtype or "")
-    if target.device.type == "cpu" and target.dtype == dtype:
+    # torch refuses to view a tensor that is conjugated or negated when it is read: elements are copied to such a one.
+    is_plain = target.dtype == dtype and not (target.is_conj() or target.is_neg())
+    if target.device.type == "cpu" and is_plain:
         np.copyto(target.view(_AS_TORCH[item_bytes]).numpy(), source)
         return
     host = torch.empty(sizes, dtype=_AS_TORCH[item_bytes], device="cpu")
     np.copyto(host.numpy(), source)
-    if target.dtype == dtype:
+    if is_plain:
         target.view(_AS_TORCH[item_bytes]).copy_(host)
     else:
         target.copy_(host.view(dtype))

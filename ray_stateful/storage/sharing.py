@@ -152,7 +152,8 @@ class _Broadcast:
             for part, tensor in zip(parts, tensors, strict=True):
                 # `as_strided` sets the stride: a tensor of one element counts as contiguous whatever its stride is,
                 # and `view` would keep it.
-                flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))
+                resolved = tensor.cpu().resolve_conj().resolve_neg()
+                flat = resolved.contiguous().as_strided((tensor.numel(),), (1,))
                 part.copy_(flat.view(torch.uint8))
         dist.broadcast(bucket, src=self.reader, group=self.channel)
         if self.rank != self.reader:

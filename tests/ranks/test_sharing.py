@@ -127,6 +127,9 @@ class Whole(StrictPart):
 
 LAYOUTS = {
     "one element of a row": lambda value: torch.tensor([[value, 2.0]])[:, 0],
+    "conjugated": lambda value: torch.tensor([value + 1j, 2.0]).conj(),
+    "negated": lambda value: torch.tensor([value + 1j, value + 2j]).conj().imag,
+    "negated complex": lambda value: torch._neg_view(torch.tensor([value + 1j, 2.0], dtype=torch.complex128)),
 }
 
 

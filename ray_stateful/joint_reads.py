@@ -32,7 +32,7 @@ def fill(
 
     Raises:
         Rejected: on every rank; bytes are missing, or not those that were written. Tensors may be filled in part.
-        RankFailed: on every rank; some rank could not read, for a reason other than damage.
+        RankFailed: on every rank; some rank could not read, or copy what replicas send, for a reason other than damage.
     """
     limits = limits or ReadLimits()
     requests: dict[str, list[Request]] = {}
@@ -65,7 +65,9 @@ def fill(
             is_passed_on = passes and dealing.is_small(request.chunk, request.box)
             (together if is_passed_on else alone)[part].append(request)
     statistics = dict.fromkeys(requests, ReadStatistics())
+    memory = torch.empty(0, device="cpu")
     with outcome.catch():
+        memory = sharing.memory_for(shared)
         statistics = read_requests(run.storage, opened.path, alone, limits)
     if opened.manifest is not None and passes:
         # All rows of the parts, not just of tensors that this rank has: the deal has to be the same on all ranks.
@@ -77,5 +79,5 @@ def fill(
         failures = ranks.failures("read", outcome)
     agree("read", failures)
     # Only now, when all ranks have read all of theirs: what is sent is whole, and everybody is there to receive it.
-    sharing.exchange(shared, ranks)
+    sharing.exchange(shared, memory, ranks)
     return statistics

@@ -21,8 +21,10 @@ import torch
 import torch.distributed as dist
 
 from ray_stateful.format.checksums import RunningChecksum
-from ray_stateful.ranks import Ranks
+from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.storage.reading import Request
+
+_SEND = "send what was read"
 
 # The most that is sent at once, which is also the memory that sending takes.
 _BUCKET_BYTES = 32 << 20
@@ -112,13 +114,25 @@ def share(classes: Sequence[Sequence[Request]], everyone: Sequence[Sequence[int]
     return Shared(tuple(groups), tuple(memberships))
 
 
-def exchange(shared: Shared, ranks: Ranks) -> None:
+def memory_for(shared: Shared) -> torch.Tensor:
+    """Memory for what `exchange` sends at once: a rank that could not get it then would not receive, either."""
+    buckets = [bucket for group in shared.groups for _, bucket in _buckets(group)]
+    num_bytes = max((sum(map(_num_bytes, bucket)) for bucket in buckets), default=0)
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+
+
+def exchange(shared: Shared, memory: torch.Tensor, ranks: Ranks) -> None:
     """Send every rank what its replicas read. Collective: all ranks call it, after all of them have read.
 
+    Args:
+        memory: As `memory_for` returned it.
+
     Raises:
+        RankFailed: on every rank; some rank could not copy what it sent or was sent. Tensors may have any values.
         RankTimeout: a rank did not send in time.
     """
     mine = iter(shared.groups)
+    outcome = Outcome()
     for members in shared.memberships:
         # `new_group` is a collective: all ranks call it, also those that are not in the group.
         timeout = timedelta(seconds=ranks.timeout_s)
@@ -130,33 +144,37 @@ def exchange(shared: Shared, ranks: Ranks) -> None:
             continue
         try:
             for reader, requests in _buckets(next(mine)):
-                ranks.within_deadline("send what was read", _Broadcast(requests, reader, ranks.rank, channel))
+                _send(requests, reader, memory, channel, ranks, outcome)
         finally:
             if channel is not ranks.group:
                 dist.destroy_process_group(channel)
+    if shared.memberships:
+        ranks.raise_if_any_failed(_SEND, outcome)
 
 
-@dataclass(frozen=True, slots=True)
-class _Broadcast:
-    requests: Sequence[Request]
-    reader: int
-    rank: int
-    channel: dist.ProcessGroup | None
-
-    def __call__(self) -> None:
-        tensors = [request.into.detach() for request in self.requests]
-        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-        bucket = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
-        parts = torch.split(bucket, sizes)
-        if self.rank == self.reader:
+def _send(
+    requests: Sequence[Request],
+    reader: int,
+    memory: torch.Tensor,
+    channel: dist.ProcessGroup | None,
+    ranks: Ranks,
+    outcome: Outcome,
+) -> None:
+    tensors = [request.into.detach() for request in requests]
+    sizes = list(map(_num_bytes, requests))
+    bucket = memory[: sum(sizes)]
+    parts = torch.split(bucket, sizes)
+    with outcome.catch():
+        if ranks.rank == reader:
             for part, tensor in zip(parts, tensors, strict=True):
-                # `as_strided` sets the stride: a tensor of one element counts as contiguous whatever its stride is,
-                # and `view` would keep it.
+                # `as_strided` sets the stride: a tensor of one element counts as contiguous whatever its stride is, and
+                # `view` would keep it.
                 resolved = tensor.cpu().resolve_conj().resolve_neg()
-                flat = resolved.contiguous().as_strided((tensor.numel(),), (1,))
-                part.copy_(flat.view(torch.uint8))
-        dist.broadcast(bucket, src=self.reader, group=self.channel)
-        if self.rank != self.reader:
+                part.copy_(resolved.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8))
+    # Also if that failed: the others are waiting to receive. And nothing but this, as an error of it is a peer's.
+    ranks.within_deadline(_SEND, partial(dist.broadcast, bucket, src=reader, group=channel))
+    with outcome.catch():
+        if ranks.rank != reader:
             for part, tensor in zip(parts, tensors, strict=True):
                 # Cloned first: a slice of the bucket may begin at a byte that is not aligned for its dtype.
                 tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))

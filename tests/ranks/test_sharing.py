@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard
 
 from ray_stateful import Checkpointer, ModelState, RandomState, checkpoint
-from ray_stateful.errors import NoIntactCheckpoint
+from ray_stateful.errors import NoIntactCheckpoint, RankFailed
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.states.part import Reconciled, StrictPart
@@ -60,10 +60,10 @@ def count_meetings(run):
     return [call.args[1] for call in meetings.call_args_list]
 
 
-def test_the_ranks_meet_eight_times_in_a_restore_whatever_there_is_in_it(tmp_path):
+def test_the_ranks_meet_nine_times_in_a_restore_whatever_there_is_in_it(tmp_path):
     phases = ["compare parts", "look for checkpoints", "collect the state", "match the state", "plan to read", "read"]
-    # Of what all of them hold whole, little as it is: one sends it to the others.
-    phases += ["send what was read", "load the state"]
+    # Of what all of them hold whole, little as it is: one sends it to the others, and all say that they have it.
+    phases += ["send what was read", "send what was read", "load the state"]
     assert run_ranks(2, count_meetings, str(tmp_path)) == [phases] * 2
 
 
@@ -148,3 +148,23 @@ def restore_layouts(run):
 
 def test_a_replica_is_sent_what_it_holds_in_whatever_layout_it_holds_it(tmp_path):
     assert run_ranks(2, restore_layouts, str(tmp_path)) == [[], []]
+
+
+def restore_where_nothing_can_be_copied_to(run):
+    checkpoint.save({"part": Whole({"first": torch.ones(4), "second": torch.ones(4)})}, step=1, run=run, timeout_s=20)
+    # Rank 0 reads for both. Four elements in one place can't be copied to, and rank 1 finds out when it is sent them.
+    first = torch.zeros(4) if dist.get_rank() == 0 else torch.zeros(1).expand(4)
+    part = Whole({"first": first, "second": torch.zeros(4)})
+    try:
+        checkpoint.restore({"part": part}, run=run, timeout_s=20)
+    except RankFailed as error:
+        return sorted(error.causes), str(error)
+
+
+def test_a_rank_that_can_not_copy_what_it_is_sent_is_every_ranks_error_with_the_cause(tmp_path):
+    outcomes = run_ranks(2, restore_where_nothing_can_be_copied_to, str(tmp_path))
+
+    assert [outcome[0] for outcome in outcomes] == [[1], [1]]
+    for _, text in outcomes:
+        assert "failed to send what was read" in text
+        assert "refers to a single memory location" in text

@@ -11,6 +11,7 @@ same collectives.
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,25 +38,30 @@ _LEAST_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Ranks that want the same bytes. `requests` are this rank's, in an order that is the same on all of them."""
+    """Ranks that want the same bytes. `requests` are this rank's, in an order that is the same on all of them.
+
+    `readers` has, for each request, the rank that reads it.
+    """
 
     ranks: tuple[int, ...]
     requests: tuple[Request, ...]
+    readers: tuple[int, ...]
 
-    def reader_of(self) -> list[int]:
-        """Which rank of the group reads each request: the one with the fewest bytes so far.
+    @classmethod
+    def of(cls, ranks: Sequence[int], requests: Sequence[Request]) -> Group:
+        """Each request is read by the rank of the group with the fewest bytes so far.
 
         If the requests are small altogether, one rank reads them all, and sends them at once.
         """
-        if sum(max(_num_bytes(request), _LEAST_BYTES) for request in self.requests) <= _TOGETHER_BYTES:
-            return [self.ranks[0]] * len(self.requests)
-        loads = dict.fromkeys(self.ranks, 0)
+        if sum(max(_num_bytes(request), _LEAST_BYTES) for request in requests) <= _TOGETHER_BYTES:
+            return cls(tuple(ranks), tuple(requests), (ranks[0],) * len(requests))
+        loads = [(0, rank) for rank in sorted(ranks)]
         readers = []
-        for request in self.requests:
-            reader = min(loads, key=lambda rank: (loads[rank], rank))
-            loads[reader] += _num_bytes(request)
+        for request in requests:
+            load, reader = loads[0]
+            heapq.heapreplace(loads, (load + _num_bytes(request), reader))
             readers.append(reader)
-        return readers
+        return cls(tuple(ranks), tuple(requests), tuple(readers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class Shared:
         others = {
             id(request)
             for group in self.groups
-            for reader, request in zip(group.reader_of(), group.requests, strict=True)
+            for reader, request in zip(group.readers, group.requests, strict=True)
             if reader != rank
         }
         return lambda request: id(request) not in others
@@ -110,15 +116,14 @@ def share(classes: Sequence[Sequence[Request]], everyone: Sequence[Sequence[int]
             if digest != 0 and len(of_digest) > 1:
                 memberships.append(tuple(of_digest))
                 if mine in of_digest:
-                    groups.append(Group(tuple(of_digest), tuple(requests)))
+                    groups.append(Group.of(of_digest, requests))
     return Shared(tuple(groups), tuple(memberships))
 
 
 def memory_for(shared: Shared) -> torch.Tensor:
     """Memory for what `exchange` sends at once: a rank that could not get it then would not receive, either."""
-    buckets = [bucket for group in shared.groups for _, bucket in _buckets(group)]
-    num_bytes = max((sum(map(_num_bytes, bucket)) for bucket in buckets), default=0)
-    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    num_bytes = sum(_num_bytes(request) for group in shared.groups for request in group.requests)
+    return torch.empty(min(num_bytes, _BUCKET_BYTES), dtype=torch.uint8, device="cpu")
 
 
 def exchange(shared: Shared, memory: torch.Tensor, ranks: Ranks) -> None:
@@ -143,8 +148,8 @@ def exchange(shared: Shared, memory: torch.Tensor, ranks: Ranks) -> None:
         if ranks.rank not in members:
             continue
         try:
-            for reader, requests in _buckets(next(mine)):
-                _send(requests, reader, memory, channel, ranks, outcome)
+            for reader, tensors in _buckets(next(mine)):
+                _send(tensors, reader, memory, channel, ranks, outcome)
         finally:
             if channel is not ranks.group:
                 dist.destroy_process_group(channel)
@@ -153,15 +158,14 @@ def exchange(shared: Shared, memory: torch.Tensor, ranks: Ranks) -> None:
 
 
 def _send(
-    requests: Sequence[Request],
+    tensors: Sequence[torch.Tensor],
     reader: int,
     memory: torch.Tensor,
     channel: dist.ProcessGroup | None,
     ranks: Ranks,
     outcome: Outcome,
 ) -> None:
-    tensors = [request.into.detach() for request in requests]
-    sizes = list(map(_num_bytes, requests))
+    sizes = [tensor.nbytes for tensor in tensors]
     bucket = memory[: sum(sizes)]
     parts = torch.split(bucket, sizes)
     with outcome.catch():
@@ -180,33 +184,34 @@ def _send(
                 tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
-def _buckets(group: Group) -> Iterator[tuple[int, list[Request]]]:
-    """Each reader's requests, joined up to the size of a bucket; a larger request is split into parts."""
-    of_reader: dict[int, list[Request]] = defaultdict(list)
-    for reader, request in zip(group.reader_of(), group.requests, strict=True):
-        of_reader[reader] += _parts(request)
-    for reader, requests in sorted(of_reader.items()):
-        bucket: list[Request] = []
-        for request in requests:
-            if bucket and sum(map(_num_bytes, bucket)) + _num_bytes(request) > _BUCKET_BYTES:
+def _buckets(group: Group) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """What each reader sends, joined up to the size of a bucket; of a larger tensor, its parts."""
+    of_reader: dict[int, list[torch.Tensor]] = defaultdict(list)
+    for reader, request in zip(group.readers, group.requests, strict=True):
+        of_reader[reader] += _parts(request.into.detach())
+    for reader, tensors in sorted(of_reader.items()):
+        bucket: list[torch.Tensor] = []
+        num_bytes = 0
+        for tensor in tensors:
+            if bucket and num_bytes + tensor.nbytes > _BUCKET_BYTES:
                 yield reader, bucket
-                bucket = []
-            bucket.append(request)
+                bucket, num_bytes = [], 0
+            bucket.append(tensor)
+            num_bytes += tensor.nbytes
         if bucket:
             yield reader, bucket
 
 
-def _parts(request: Request) -> list[Request]:
-    """A request, split by rows or runs of rows if its tensor is larger than a bucket; none if it is empty."""
-    num_bytes, tensor = _num_bytes(request), request.into
-    if num_bytes <= _BUCKET_BYTES or tensor.dim() == 0 or tensor.shape[0] < 2:
-        return [request] if num_bytes else []
-    rows = max(1, tensor.shape[0] * _BUCKET_BYTES // num_bytes)
-    return [Request(request.chunk, request.box, part) for part in torch.split(tensor.detach(), rows)]
+def _parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Views of a tensor, each no larger than a bucket: runs of its rows, or parts of a row; none if it is empty."""
+    if tensor.nbytes <= _BUCKET_BYTES:
+        return [tensor] if tensor.nbytes else []
+    rows = tensor.shape[0] * _BUCKET_BYTES // tensor.nbytes
+    return torch.split(tensor, rows) if rows else [part for row in tensor for part in _parts(row)]
 
 
 def _num_bytes(request: Request) -> int:
-    return request.into.numel() * request.into.element_size()
+    return request.into.nbytes
 
 
 def _identity(request: Request) -> tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -1,0 +1,67 @@
+"""What replicas send each other: everything once, in buckets of bounded size."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from ray_stateful.format.chunks import Box
+from ray_stateful.format.rows import StoredChunk
+from ray_stateful.storage import sharing
+from ray_stateful.storage.reading import Request
+
+
+def request_of(number, tensor):
+    shape = tuple(tensor.shape)
+    box = Box((0,) * len(shape), shape)
+    row = StoredChunk(
+        key=f"k{number:05}",
+        path=("part", f"k{number:05}"),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=shape,
+        box=box,
+        file="__0_0.distcp",
+        item_offset=0,
+        item_length=1 << 40,
+        data_offset=0,
+        block_bytes=1024,
+        checksums=b"",
+    )
+    return Request(row, box, tensor)
+
+
+def shared_by_two(tensors):
+    """What rank 0 of two replicas shares of `tensors`."""
+    classes = sharing.classes_of([request_of(number, tensor) for number, tensor in enumerate(tensors)], [])
+    return sharing.share(classes, [sharing.digests(classes)] * 2, 0)
+
+
+def targets(bucket):
+    return [getattr(one, "into", one) for one in bucket]
+
+
+@pytest.mark.parametrize("shape", [(300,), (8, 40), (1, 300), (2, 3, 50), (1, 1, 2, 70), (3, 16), (), (0, 5)])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_no_bucket_is_larger_than_is_sent_at_once_and_all_is_sent_once(monkeypatch, shape, is_transposed):
+    monkeypatch.setattr(sharing, "_BUCKET_BYTES", 64)
+    tensors = [torch.zeros(shape, dtype=dtype) for dtype in (torch.float32, torch.int16)]
+    tensors = [tensor.mT if is_transposed and tensor.dim() > 1 else tensor for tensor in tensors]
+    (group,) = shared_by_two(tensors).groups
+
+    for _, bucket in sharing._buckets(group):
+        assert 0 < sum(tensor.nbytes for tensor in targets(bucket)) <= 64
+        for tensor in targets(bucket):
+            # Views, so what is copied to them arrives.
+            tensor += 1
+
+    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in tensors)
+
+
+def test_each_tensor_is_measured_a_few_times_however_many_are_sent_together():
+    shared = shared_by_two([torch.zeros(()) for _ in range(2000)])
+
+    with patch.object(sharing, "_num_bytes", side_effect=sharing._num_bytes) as measured:
+        (bucket,) = [bucket for _, bucket in sharing._buckets(shared.groups[0])]
+
+    assert len(bucket) == 2000
+    assert measured.call_count <= 4 * 2000

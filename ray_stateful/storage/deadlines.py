@@ -48,8 +48,9 @@ class Line:
             finally:
                 # The error's traceback keeps this frame alive, and with it the call's arguments: megabytes, at times.
                 del job, function
-        result: T = job.result
-        return result
+        # Taken out: whoever keeps the job, as an open file does, would keep megabytes that were read.
+        result, job.result = job.result, None
+        return result  # type: ignore[no-any-return]  # `function` returned a T
 
     def post(self, function: Callable[[], object]) -> Call:
         """Queue `function`, to be called once the calls before it have ended; does not wait."""

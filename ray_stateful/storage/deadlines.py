@@ -33,7 +33,11 @@ class Line:
     """
 
     def __init__(self) -> None:
-        self._worker = _idle.pop() if _idle else _Worker()
+        try:
+            self._worker = _idle.pop()
+        except IndexError:
+            # Not asked for beforehand: a different thread may take the last one in between.
+            self._worker = _Worker()
         self.stuck = False
 
     def call(self, function: Callable[[], T], timeout_s: float, what: str) -> T:

@@ -22,3 +22,16 @@ def test_who_keeps_a_call_keeps_nothing_of_what_it_returned():
 
     assert left() is None
     assert len(calls) == 1
+
+
+class LooksTaken(list):
+    """Idle workers as a thread sees them if the last one is taken by another thread right after it has looked."""
+
+    def __len__(self):
+        return 1
+
+
+def test_a_worker_that_another_thread_takes_first_is_no_error(monkeypatch):
+    monkeypatch.setattr(deadlines, "_idle", LooksTaken())
+
+    assert deadlines.call(lambda: "done", 10.0, "here") == "done"

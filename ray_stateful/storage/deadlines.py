@@ -17,11 +17,15 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def call(function: Callable[[], T], timeout_s: float, what: str) -> T:
-    """`function()`, or `TimeoutError` naming `what` after `timeout_s` seconds."""
+def call(function: Callable[[], T], timeout_s: float, what: str, if_late: Callable[[T], object] | None = None) -> T:
+    """`function()`, or `TimeoutError` naming `what` after `timeout_s` seconds.
+
+    Args:
+        if_late: Called with what `function` returns after the deadline, if it ever does: nobody else gets it then.
+    """
     line = Line()
     try:
-        return line.call(function, timeout_s, what)
+        return line.call(function, timeout_s, what, if_late)
     finally:
         line.end()
 
@@ -40,11 +44,13 @@ class Line:
             self._worker = _Worker()
         self.stuck = False
 
-    def call(self, function: Callable[[], T], timeout_s: float, what: str) -> T:
-        """`function()`, or `TimeoutError` naming `what` after `timeout_s` seconds."""
-        job = self.post(function)
-        if not job.done.wait(timeout_s):
-            self.stuck = job.given_up = True
+    def call(
+        self, function: Callable[[], T], timeout_s: float, what: str, if_late: Callable[[T], object] | None = None
+    ) -> T:
+        """Like the function `call` of this module."""
+        job = self._queue(Call(function, if_late))
+        if not job.done.wait(timeout_s) and job.give_up():
+            self.stuck = True
             raise TimeoutError(errno.ETIMEDOUT, f"no answer within {timeout_s:.1f} s", what)
         if job.error is not None:
             try:
@@ -58,9 +64,7 @@ class Line:
 
     def post(self, function: Callable[[], object]) -> Call:
         """Queue `function`, to be called once the calls before it have ended; does not wait."""
-        job = Call(function)
-        self._worker.jobs.put(job)
-        return job
+        return self._queue(Call(function))
 
     def end(self) -> None:
         """Give the worker thread back: no call follows."""
@@ -70,18 +74,40 @@ class Line:
         else:
             _idle.append(self._worker)
 
+    def _queue(self, job: Call) -> Call:
+        self._worker.jobs.put(job)
+        return job
+
 
 class Call:
     """A call that was queued. `given_up`: nobody waits for it any more."""
 
-    __slots__ = ("done", "error", "function", "given_up", "result")
+    __slots__ = ("_if_late", "_lock", "done", "error", "function", "given_up", "result")
 
-    def __init__(self, function: Callable[[], Any]) -> None:
+    def __init__(self, function: Callable[[], Any], if_late: Callable[[Any], object] | None = None) -> None:
         self.function = function
         self.given_up = False
         self.done = threading.Event()
         self.result: Any = None
         self.error: BaseException | None = None
+        self._if_late = if_late
+        self._lock = threading.Lock()
+
+    def give_up(self) -> bool:
+        """Wait no longer; `False` if the call has ended meanwhile."""
+        with self._lock:
+            self.given_up = not self.done.is_set()
+            return self.given_up
+
+    def end(self, result: Any = None, error: BaseException | None = None) -> None:
+        """Hand over what the call returned or raised, to whoever waits for it."""
+        # Under a lock, as the caller may give up right now: either it gets the result, or `_if_late` does.
+        with self._lock:
+            if not self.given_up:
+                self.result, self.error = result, error
+            self.done.set()
+        if self.given_up and error is None and self._if_late is not None:
+            self._if_late(result)
 
 
 class _Worker:
@@ -99,10 +125,9 @@ def _work(jobs: SimpleQueue[Call | None]) -> None:
     while (job := jobs.get()) is not None:
         _of_thread.call = job
         try:
-            job.result = job.function()
+            job.end(job.function())
         except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
-            job.error = error
-        job.done.set()
+            job.end(error=error)
         del job, _of_thread.call
 
 

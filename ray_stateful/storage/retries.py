@@ -185,7 +185,7 @@ class RetryingStorage:
         return limit
 
     def open_sink(self, path: str) -> Sink:
-        sink = self._retried("open", path, lambda: self.inner.open_sink(path))
+        sink = retried("open", path, lambda: self.inner.open_sink(path), self.policy, self.note_retry, if_late=_drop)
         return DeadlineSink(sink, path, self.policy)
 
     def write(self, path: str, data: Buffer) -> None:
@@ -250,7 +250,7 @@ def write_file(
     def stream() -> T:
         number = next(tries)
         where = path if isinstance(path, str) else path(number)
-        opened = deadlines.call(lambda: inner.open_sink(where), limits.attempt_s, where)
+        opened = deadlines.call(lambda: inner.open_sink(where), limits.attempt_s, where, _drop)
         with DeadlineSink(opened, where, limits) as sink:
             return producer(sink)
 
@@ -265,12 +265,14 @@ def retried(
     note_retry: Callable[[str], None],
     *,
     in_thread: bool = True,
+    if_late: Callable[[T], object] | None = None,
 ) -> T:
     """`function()`, tried again after transient errors as `policy` says.
 
     Args:
         operation: A verb, for the error: "could not read ...".
         in_thread: Whether each attempt is a single call into the storage, to be made under the deadline of one.
+        if_late: Called with what such a call returns after its deadline.
 
     Raises:
         FileNotFoundError: there is no such file, and `operation` is "read".
@@ -279,7 +281,7 @@ def retried(
     deadline: float | None = None
     for pause in policy.pauses(_draw):
         try:
-            return deadlines.call(function, policy.attempt_s, path) if in_thread else function()
+            return deadlines.call(function, policy.attempt_s, path, if_late) if in_thread else function()
         except FileNotFoundError as error:
             if operation == "read":
                 raise
@@ -333,6 +335,12 @@ class DeadlineSink:
             self._line.call(lambda: self._inner.__exit__(kind, error, trace), self._policy.publish_s, self._path)
         finally:
             self._line.end()
+
+
+def _drop(sink: Sink) -> None:
+    """End a sink that was opened after its deadline: nobody will write to it, and its file would stay open for ever."""
+    error = TimeoutError(errno.ETIMEDOUT, "opened after the deadline")
+    sink.__exit__(type(error), error, None)
 
 
 def _ignore(operation: str) -> None:

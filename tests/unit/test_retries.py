@@ -22,7 +22,7 @@ from ray_stateful.storage.base import Sink
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.retries import RetryingStorage, RetryPolicy, is_transient, write_file
 from ray_stateful.storage.uris import resolve
-from ray_stateful.testing import Fail, FaultyStorage, Hang
+from ray_stateful.testing import Delay, Fail, FaultyStorage, Hang
 from tests.proxy import KINDS, Proxy, ProxyFaults, proxy
 from tests.servers import S3Server
 
@@ -173,6 +173,32 @@ def test_a_call_that_was_given_up_leaves_no_thread_once_it_returns(inner, monkey
         thread.join(10.0)
     # One for the next call.
     assert sum(thread.is_alive() for thread in left) <= 1
+
+
+@pytest.mark.parametrize("is_streamed_again", [True, False])
+def test_a_file_that_is_opened_too_late_is_closed_and_nothing_is_left_of_it(
+    tmp_path, inner, monkeypatch, is_streamed_again
+):
+    monkeypatch.setattr(deadlines, "_idle", [])
+    faulty = FaultyStorage(inner, [Delay("open_sink", delay_s=60.0)])
+    storage = RetryingStorage(faulty, RetryPolicy(attempt_s=0.1, first_pause_s=0.01))
+    before = set(threading.enumerate())
+    try:
+        if is_streamed_again:
+            write_file(storage, "d/file", stream_parts)
+        else:
+            with storage.open_sink("d/file") as sink:
+                stream_parts(sink)
+        (late, *_) = [thread for thread in threading.enumerate() if thread not in before]
+    finally:
+        faulty.release()
+    late.join(10.0)
+
+    assert not late.is_alive()
+    assert faulty.counts()["open_sink"] == 2
+    assert os.listdir(tmp_path / "d") == ["file"]
+    still_open = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert not [path for path in still_open if path.startswith(str(tmp_path))]
 
 
 def test_pauses_grow_from_the_first_to_the_longest_and_start_at_zero():

@@ -315,7 +315,13 @@ def _read_range(file: pyarrow.NativeFile, path: str, offset: int, length: int | 
             errno.ECONNABORTED, "could not be opened to read; the client does not say why", path
         )
     start, stop = checked_range(path, offset, length, file.size())
-    return bytes(file.read_at(stop - start, start)) if stop > start else b""
+    data = bytes(file.read_at(stop - start, start)) if stop > start else b""
+    if len(data) < stop - start:
+        # The file is longer, as the client itself says: an answer was cut off on its way, which is no damage.
+        raise ConnectionAbortedError(
+            errno.ECONNABORTED, f"asked for {stop - start:,} bytes and got {len(data):,}", path
+        )
+    return data
 
 
 def _kind_of(filesystem: pyarrow.fs.FileSystem) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import shutil
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import pyarrow.fs
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
-from ray_stateful.errors import StorageError
+from ray_stateful.errors import DamagedCheckpoint, StorageError
 from ray_stateful.format import layout
 from ray_stateful.storage.local import ASIDE_PREFIX
 from ray_stateful.storage.pyarrow import PyarrowStorage
+from ray_stateful.storage.reading import read_exactly
 from ray_stateful.storage.retries import RetryingStorage, RetryPolicy
 from ray_stateful.storage.uris import resolve
 from tests.proxy import Proxy, ProxyFaults, proxy
@@ -226,6 +229,45 @@ def test_a_file_that_another_process_grew_is_read_to_its_new_end(s3, s3_environm
     other.write("bucket/grown/file", b"longer than before")
 
     assert s3.read("bucket/grown/file", 0, 100) == b"longer than before"
+
+
+class CutOffFile(MemoryFile):
+    """A file whose answers are cut off until there were `num_cut_off` of all files."""
+
+    def read(self, size=-1):
+        data = super().read(size)
+        return data[: len(data) // 2] if self.fs.num_cut_off > next(self.fs.num_read) else data
+
+
+class CutOff(MemoryFileSystem):
+    """Files in memory; of the first `num_cut_off` answers, only the first half arrives."""
+
+    cachable = False
+    num_cut_off = 0
+
+    def _open(self, path, mode="rb", **kwargs):
+        file = super()._open(path, mode, **kwargs)
+        if mode == "rb":
+            file = CutOffFile(self, path, file.getvalue())
+        return file
+
+
+def test_an_answer_that_is_cut_off_is_asked_for_again_and_no_damage():
+    filesystem = CutOff()
+    filesystem.num_read = itertools.count()
+    storage = RetryingStorage(
+        PyarrowStorage(pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))), RetryPolicy(first_pause_s=0.01)
+    )
+    content = os.urandom(1000)
+    storage.write("cut-off/file", content)
+
+    filesystem.num_cut_off = 2
+    assert read_exactly(storage, "cut-off", "file", 100, 900) == content[100:900]
+    assert storage.retries == {"read": 2}
+    # There is no more of it: that is damage, and no retry would help.
+    with pytest.raises(DamagedCheckpoint, match="ends 100 bytes before byte 1,100"):
+        read_exactly(storage, "cut-off", "file", 100, 1100)
+    assert storage.retries == {"read": 2}
 
 
 @pytest.mark.parametrize("path", ["bucket/lost/small", "bucket/lost/large"])

@@ -158,7 +158,7 @@ def _encode_torch(value: Any, key: str, depth: int) -> Any:
 
     if type(value) is torch.Size:
         return {"$size": list(value)}
-    if type(value) is torch.dtype:
+    if type(value) is torch.dtype and dtype_name(value) in ITEM_BYTES:
         return {"$dtype": dtype_name(value)}
     if type(value) is torch.device:
         return {"$device": str(value)}

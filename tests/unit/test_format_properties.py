@@ -328,6 +328,10 @@ REFUSED = {
     "meta tensor": torch.empty(3, device="meta"),
     "sparse tensor": torch.eye(2).to_sparse(),
     "parameter": torch.nn.Parameter(torch.ones(2)),
+    # Element types that no reader knows.
+    "quantized dtype": torch.quint8,
+    "dtype of halves of bytes": torch.float4_e2m1fn_x2,
+    "tensor of halves of bytes": (torch.empty(2, dtype=torch.float4_e2m1fn_x2),),
 }
 
 

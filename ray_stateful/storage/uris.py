@@ -91,10 +91,12 @@ def located(place: Any) -> tuple[RetryingStorage, str]:
 
 
 def with_timeouts(filesystem: pyarrow.fs.FileSystem) -> pyarrow.fs.FileSystem:
-    """`filesystem`; or, if it is on S3 or GCS, one like it that gives up on requests in time.
+    """`filesystem`; or, if it is on S3 or GCS or a directory there, one like it that gives up on requests in time.
 
     On S3, the returned one also writes a small file in one request, instead of five.
     """
+    if isinstance(filesystem, pyarrow.fs.SubTreeFileSystem):
+        return pyarrow.fs.SubTreeFileSystem(filesystem.base_path, with_timeouts(filesystem.base_fs))
     if filesystem.type_name == "gcs":
         return _with_retry_limit(filesystem)
     if not isinstance(filesystem, pyarrow.fs.S3FileSystem):

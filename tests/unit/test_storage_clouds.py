@@ -211,6 +211,18 @@ def test_a_storage_of_gcs_does_not_try_again_by_itself_for_longer_than_a_request
     assert limit(as_given) == timedelta(seconds=3)
 
 
+def test_a_directory_of_a_filesystem_gives_up_on_requests_as_soon_as_the_filesystem_does():
+    gcs = pyarrow.fs.GcsFileSystem(anonymous=True)
+    s3 = pyarrow.fs.S3FileSystem(anonymous=True, region="us-east-1")
+    bare_gcs, bare_s3 = (with_timeouts(filesystem) for filesystem in (gcs, s3))
+    for filesystem, expected in ((gcs, bare_gcs), (s3, bare_s3)):
+        assert not filesystem.equals(expected)
+        inner = pyarrow.fs.SubTreeFileSystem("bucket/runs", filesystem)
+        found = with_timeouts(pyarrow.fs.SubTreeFileSystem("run", inner))
+        assert (found.base_path, found.base_fs.base_path) == ("run/", "bucket/runs/")
+        assert found.base_fs.base_fs.__reduce__() == expected.__reduce__()
+
+
 @pytest.mark.parametrize("place", ["azure"], indirect=True)
 def test_deleting_a_directory_of_azure_asks_for_no_lease_on_a_manifest_that_is_not_there(place, between):
     through = place.by_way_of(between)

@@ -243,7 +243,7 @@ def write_manifest(storage: Storage, path: str, manifest: Manifest) -> None:
     try:
         storage.write(posixpath.join(path, layout.MANIFEST), manifest.to_json())
     except StorageError as error:
-        if not is_transient(error.__cause__):
+        if not is_transient(error.__cause__, error.path):
             raise
         # A call that was given up may still succeed, and the reply to a call that succeeded may be lost.
         late = "; if it comes to be there all the same, the checkpoint is whole and committed, and a restore finds it"

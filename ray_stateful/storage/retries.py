@@ -137,16 +137,33 @@ _TRANSIENT_WORDS = re.compile(
 )
 
 
-def is_transient(error: BaseException | None) -> bool:
-    """Whether trying again may help. An unknown error counts as permanent: another checkpoint is saved soon anyway."""
+# What is quoted or has a slash in it may be a path, also one below a directory that we do not know of, or a URL.
+_MAYBE_PATHS = re.compile(r"'[^'\s]*'|\"[^\"\s]*\"|[^\s'\"]*/[^\s'\"]*")
+
+
+def is_transient(error: BaseException | None, path: str) -> bool:
+    """Whether trying again may help. An unknown error counts as permanent: another checkpoint is saved soon anyway.
+
+    Args:
+        path: What the call that failed was about.
+    """
     if not isinstance(error, OSError):
         return False
     if isinstance(error, ConnectionError | TimeoutError | InterruptedError):
         return True
     if error.errno in _PERMANENT_ERRNOS or error.errno in _TRANSIENT_ERRNOS:
         return error.errno in _TRANSIENT_ERRNOS
-    text = str(error)
+    text = _without(path, str(error))
     return _PERMANENT_WORDS.search(text) is None and _TRANSIENT_WORDS.search(text) is not None
+
+
+def _without(path: str, text: str) -> str:
+    """`text` without what names `path`, its key, or a directory above it: a run may be called `timeout-sweep`."""
+    # Whole first, as names may have spaces in them.
+    for name in (path, path.partition("/")[2]):
+        text = text.replace(name, "") if "/" in name else text
+    names = set(path.split("/")) - {""}
+    return _MAYBE_PATHS.sub(lambda found: "" if names & set(found[0].strip("'\":,;.()").split("/")) else found[0], text)
 
 
 class RetryingStorage:
@@ -287,7 +304,7 @@ def retried(
                 raise
             raise StorageError(operation, path, _describe(error)) from error
         except OSError as error:
-            if not is_transient(error):
+            if not is_transient(error, path):
                 raise StorageError(operation, path, _describe(error)) from error
             deadline = time.monotonic() + policy.budget_s if deadline is None else deadline
             if time.monotonic() + pause >= deadline:

@@ -62,31 +62,54 @@ PERMANENT = [
 
 @pytest.mark.parametrize("text", TRANSIENT)
 def test_what_passes_is_tried_again(text):
-    assert is_transient(OSError(text))
+    assert is_transient(OSError(text), "c/f")
 
 
 @pytest.mark.parametrize("text", PERMANENT)
 def test_what_is_meant_is_not_tried_again(text):
-    assert not is_transient(OSError(text))
+    assert not is_transient(OSError(text), "c/f")
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EROFS", "EACCES", "EDQUOT", "ENOENT", "EFBIG"])
 def test_a_full_or_denying_disk_is_not_tried_again(code):
-    assert not is_transient(OSError(getattr(errno, code), "temporarily 503"))
+    assert not is_transient(OSError(getattr(errno, code), "temporarily 503"), "c/f")
 
 
 @pytest.mark.parametrize("code", ["ECONNRESET", "ETIMEDOUT", "EPIPE", "ECONNREFUSED", "ESTALE", "EAGAIN"])
 def test_a_broken_connection_is_tried_again(code):
-    assert is_transient(OSError(getattr(errno, code), "x"))
+    assert is_transient(OSError(getattr(errno, code), "x"), "c/f")
 
 
 def test_a_disk_that_fails_is_not_tried_again():
-    assert not is_transient(OSError(errno.EIO, "Input/output error"))
+    assert not is_transient(OSError(errno.EIO, "Input/output error"), "c/f")
 
 
 def test_only_errors_of_storage_are_tried_again():
-    assert not is_transient(ValueError("connection reset"))
-    assert not is_transient(StorageError("write", "p", "connection reset"))
+    assert not is_transient(ValueError("connection reset"), "c/f")
+    assert not is_transient(StorageError("write", "p", "connection reset"), "c/f")
+
+
+NAMING = [
+    "When uploading object with key 'timeout-sweep/temporary run/x' in bucket 'temporary': AWS Error UNKNOWN",
+    "When creating key 'timeout-sweep' in bucket 'temporary': AWS Error UNKNOWN during PutObject operation",
+    "could not make temporary/timeout-sweep: nobody knows why",
+    "ValueError: bad: 'base/temporary/timeout-sweep/temporary run/x'",
+    "http://host/temporary/timeout-sweep/temporary%20run/x: nobody knows why",
+]
+
+
+@pytest.mark.parametrize("text", NAMING)
+def test_a_name_that_reads_like_an_error_that_passes_makes_no_error_one(text):
+    path = "temporary/timeout-sweep/temporary run/x"
+    for error in (OSError(text), OSError(errno.EIO, text, path)):
+        assert not is_transient(error, path)
+
+
+def test_what_an_error_says_counts_also_if_it_is_a_name_as_well():
+    assert is_transient(
+        OSError("When reading key '503/x' in bucket 'b': AWS Error UNKNOWN (HTTP status 503)"), "b/503/x"
+    )
+    assert is_transient(OSError("ReadError('Connection reset by peer'), reading b/reset/x"), "b/reset/x")
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def provoke(cases, places):
         else:
             storage.read(f"{bucket}/{'there' if case.operation == 'read' else 'not-there'}", 3, 3)
     except OSError as error:
-        return is_transient(error), f"{type(error).__name__}: {error}"
+        return is_transient(error, bucket), f"{type(error).__name__}: {error}"
     return None, "no error"
 
 

@@ -157,7 +157,8 @@ def is_whole(tensor: Any) -> bool:
     """Whether every rank that has a tensor has all of it: a plain tensor, or a DTensor that is replicated."""
     if isinstance(tensor, DTensor):
         return all(placement.is_replicate() for placement in tensor.placements)
-    return isinstance(tensor, torch.Tensor)
+    # FSDP1's are tensors by class, and shards.
+    return isinstance(tensor, torch.Tensor) and not isinstance(tensor, ShardedTensor)
 
 
 def meshes_of(values: Iterable[Any]) -> tuple[Mapping[str, int], ...]:

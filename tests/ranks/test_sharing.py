@@ -1,10 +1,13 @@
 """Replicas: each byte is read from storage once, by one of the ranks that want it, and is right on all of them."""
 
+import warnings
 from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import Shard as Shard1
+from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed.tensor import Replicate, Shard
 
 from ray_stateful import Checkpointer, ModelState, RandomState, checkpoint
@@ -168,3 +171,33 @@ def test_a_rank_that_can_not_copy_what_it_is_sent_is_every_ranks_error_with_the_
     for _, text in outcomes:
         assert "failed to send what was read" in text
         assert "refers to a single memory location" in text
+
+
+def restore_beside_shards(run):
+    """Whether a tensor that FSDP1 has cut, and whole ones beside it, are right; and how many bytes all ranks read."""
+    rank = dist.get_rank()
+
+    def state(value):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch: these tensors are deprecated
+            cut = init_from_local_shards([Shard1.from_tensor_and_offsets(torch.full((3,), value), [3 * rank], rank)], 6)
+        whole = {name: torch.full((1 << 18,), value) for name in ("first", "second")}
+        return Whole({"cut": cut, **whole})
+
+    saved = state(7.0).tensors | {"cut": torch.full((6,), 7.0)}
+    checkpoint.save({"part": Whole(saved)}, step=1, run=run, timeout_s=30)
+    part = state(0.0)
+    report = checkpoint.restore({"part": part}, run=run, timeout_s=30)
+    local = part.tensors["cut"].local_shards()[0].tensor
+    right = torch.equal(local, torch.full((3,), 7.0)) and torch.equal(
+        part.tensors["first"], torch.full((1 << 18,), 7.0)
+    )
+    return right, report.statistics.bytes_read
+
+
+def test_tensors_beside_what_fsdp1_has_cut_are_read_once(tmp_path):
+    outcomes = run_ranks(2, restore_beside_shards, str(tmp_path))
+
+    assert [right for right, _ in outcomes] == [True, True]
+    # Two tensors of 1 MiB, and 24 bytes.
+    assert all((2 << 20) + 24 <= num_bytes < 1.01 * (2 << 20) for _, num_bytes in outcomes)

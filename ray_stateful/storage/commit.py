@@ -228,12 +228,15 @@ def prepare_again(
         ValueError: two ranks have different trees at one path.
         UnsupportedState: the values are longer than an index has room for.
         DamagedCheckpoint: a file that some rank wrote is not there, or has a different size.
+        HostileCheckpoint: a reader would refuse the manifest.
     """
     files = {written.name: written.file for of_rank in everyone for written in of_rank.files}
     contents = {layout.DCP_METADATA: committed.metadata, layout.INDEX: committed.again(everyone)}
     manifest = _manifest(files, contents, description)
-    # Everything else that a reader refuses concerns the places, which the earlier `prepare` checked.
+    # What a reader refuses in an index, except for its size, concerns the places, which the earlier `prepare` checked.
     opening.check_index_size(path, len(contents[layout.INDEX]))
+    # A manifest is new each time.
+    Manifest.from_json(manifest.to_json(), posixpath.join(path, layout.MANIFEST))
     _write(storage, path, contents, manifest)
     return manifest
 

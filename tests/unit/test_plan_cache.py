@@ -1,5 +1,7 @@
 """What the saves after the first one build on: the same plan, and an index that differs in checksums and values."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -35,12 +37,12 @@ def save(tmp_path):
     run = DirectoryRun(storage, str(tmp_path), str(tmp_path))
     plans, steps = PlanCache(), iter(range(100))
 
-    def _save(value, plans=plans, rules=()):
+    def _save(value, plans=plans, rules=(), samples=0):
         gathered.clear()
         inner = FaultyStorage(storage.inner, list(rules)) if rules else storage.inner
         faulty = DirectoryRun(RetryingStorage(inner, storage.policy), run.path, run.uri)
         step = next(steps)
-        saving = Saving({"part": Part(value)}, None, step=step, samples=0, run=faulty, plans=plans)
+        saving = Saving({"part": Part(value)}, None, step=step, samples=samples, run=faulty, plans=plans)
         saving.collect()
         saving.write(Counting())
         return saving.report(Ranks())
@@ -105,6 +107,16 @@ def test_values_that_an_index_has_no_room_for_are_not_committed_by_a_first_save_
     ((_, sent),) = gathered
     assert isinstance(sent, commit.Repeated)
     assert len(list(tmp_path.glob("*/manifest.json"))) == 1
+
+
+def test_a_manifest_that_readers_refuse_is_not_committed_by_a_first_save_nor_by_one_that_builds_on_it(save, tmp_path):
+    for _ in range(2):
+        with pytest.raises(SaveFailed, match="samples is -1"):
+            save(state(3), samples=-1)
+        assert list(tmp_path.glob("checkpoint_*/manifest.json")) == []
+        # So that the next one builds on it.
+        report = save(state(3))
+        shutil.rmtree(tmp_path / report.name)
 
 
 def test_a_save_after_one_that_wrote_elsewhere_and_failed_builds_on_the_last_commit(save):

@@ -119,7 +119,7 @@ def header_bytes(start: bytes, file_bytes: int, where: str) -> int:
     """
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
     if not 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - 8):
-        raise HostileCheckpoint(where, "is not a safetensors file: its header has no possible length")
+        raise HostileCheckpoint(where, "is not a safetensors file: the length of its header is impossible")
     return int(length)
 
 

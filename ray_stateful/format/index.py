@@ -119,7 +119,7 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
             # Several columns may share the same bytes of the file; rows as Python objects share none.
             raise HostileCheckpoint(where, f"{table.num_rows:,} rows in {len(data):,} bytes")
         if any(_has_nulls(table.column(field.name)) for field in SCHEMA if not field.nullable):
-            raise HostileCheckpoint(where, "nothing stands where something must")
+            raise HostileCheckpoint(where, "a required column has a null value")
         columns = {field.name: _values_of(table.column(field.name)) for field in SCHEMA}
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
         raise HostileCheckpoint(where, f"not an index: {error}") from error
@@ -146,7 +146,8 @@ def from_bytes(data: bytes, where: str, file_sizes: dict[str, int]) -> list[Stor
             raise HostileCheckpoint(where, f"{row.key!r} at {row.box.offsets} stands there twice")
         places.append(row.box.offsets)
         if len(places) > MAX_EQUAL_PLACES:
-            raise HostileCheckpoint(where, f"{row.key!r} has more than {MAX_EQUAL_PLACES} chunks at places of one hash")
+            found = f"{row.key!r} has more than {MAX_EQUAL_PLACES} chunks whose offsets have the same hash"
+            raise HostileCheckpoint(where, found)
     return rows
 
 

@@ -22,7 +22,7 @@ def structure_problem(rows: Iterable[StoredChunk]) -> str | None:
         text = _as_text(path) if trees else ()
         above = [depth for depth in range(1, len(path)) if text[:depth] in trees] if trees else []
         if above and (row.is_tree or row.dtype is not None):
-            return f"{row.key!r} is below a tree, which would stand for it"
+            return f"{row.key!r} is below a tree, which replaces everything below it"
         if above:
             continue
         leaves.add(path)

@@ -147,7 +147,7 @@ def item_bytes(item: WriteItem) -> int:
 def _refuse_different_values(first: tuple[int, WriteItem], other: tuple[int, WriteItem]) -> None:
     mine, theirs = other[1].bytes_io_data, first[1].bytes_io_data
     if isinstance(mine, ValueWriteData) and isinstance(theirs, ValueWriteData) and mine.xxh3 != theirs.xxh3:
-        found = f"a value that is one thing on rank {first[0]} and another on rank {other[0]}"
+        found = f"a value that is not the same on rank {first[0]} and on rank {other[0]}"
         raise _of_no_rank(first[1].index.fqn, found)
 
 

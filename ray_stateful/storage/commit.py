@@ -85,7 +85,7 @@ def collect(results: Sequence[Sequence[WriteResult]]) -> tuple[list[StoredChunk]
         elif not written.is_tree:
             rows.append(written)
         elif trees.setdefault(written.key, written) != written:
-            raise ValueError(f"{written.key}: one value on some ranks, and another on others")
+            raise ValueError(f"{written.key}: different values on different ranks")
     tensors = {row.path[:depth] for row in rows if row.dtype is not None for depth in range(1, len(row.path))}
     # A tree stands for everything below its path. Where one rank has a tree, a different rank may have tensors below
     # it, which the tree would hide.
@@ -177,7 +177,7 @@ class Committed:
         names = self.columns["key"].to_pylist()
         for name, sources in zip(names, self.sources, strict=True):
             if len(sources) > 1 and len({values[at] for at in sources}) > 1:
-                raise ValueError(f"{name}: one value on some ranks, and another on others")
+                raise ValueError(f"{name}: different values on different ranks")
         values = [values[sources[0]] for sources in self.sources]
         _refuse_large(zip(names, values, strict=True), index.MAX_VALUES_BYTES)
         renewed = {
@@ -276,11 +276,8 @@ def _refuse_large(values: Iterable[tuple[str, str | None]], room: int) -> None:
     total = sum(length for length, _ in lengths)
     if total > room:
         largest, key = max(lengths)
-        raise UnsupportedState(
-            key,
-            f"a value of {largest:,} bytes as text, with all others {total:,} where there is room for {room:,},",
-            "store it as a tensor",
-        )
+        together = f"all values together: {total:,}; the index has room for {room:,}"
+        raise UnsupportedState(key, f"a value of {largest:,} characters as JSON ({together})", "store it as a tensor")
 
 
 def _check_readable(path: str, manifest: Manifest, index_bytes: bytes) -> None:

@@ -94,7 +94,7 @@ def rows(metadata: Metadata, where: str, sizes: Mapping[str, int]) -> list[Store
         raise HostileCheckpoint(where, f"has values of {values:,} bytes in files of {room - MAX_REPEATED_BYTES:,}")
     missing = metadata.state_dict_metadata.keys() - {row.key for row in found}
     if missing:
-        raise HostileCheckpoint(where, f"{len(missing)} entries are nowhere stored, {min(missing)!r} among them")
+        raise HostileCheckpoint(where, f"{len(missing)} entries have no stored item, for example {min(missing)!r}")
     return found
 
 

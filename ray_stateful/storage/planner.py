@@ -190,7 +190,8 @@ def _refuse_unsupported(key: str, path: KeyPath, value: Any) -> None:
         found = f"an entry {len(path)} levels deep, of which an index has {MAX_PATH_LENGTH},"
         raise UnsupportedState(key, found, "flatten it")
     if not key.isascii() and _LONE_HALF.search(key) is not None:
-        raise UnsupportedState(ascii(key), "an entry of this name, which is no valid text,", "use another name")
+        found = "an entry whose name is not valid Unicode (it has a lone surrogate)"
+        raise UnsupportedState(ascii(key), found, "use a different name")
     if not isinstance(value, torch.Tensor):
         return
     if isinstance(value, DTensor) and any(placement.is_partial() for placement in value.placements):

@@ -51,7 +51,7 @@ def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, KeyPath], dict[str
 
 def two_of(key: str) -> UnsupportedState:
     """The error for two entries that have the same flat key."""
-    return UnsupportedState(key, "one of two entries of this name", "name them apart, as texts joined by dots")
+    return UnsupportedState(key, "one of two entries with this flat key", "rename one: keys are joined by dots")
 
 
 def put(nested: Any, path: KeyPath, value: Any) -> Any:

@@ -58,8 +58,9 @@ def resolve(uri: str) -> tuple[RetryingStorage, str]:
             raise
         # pyarrow's error has the URI in it, whole or in parts; so it is not even chained.
         raise ValueError(
-            f"a {scheme}:// URI can't be read. Why is not shown, as there is a secret in it: try it without that. In a "
-            "secret, write %2F for a '/', and the like for all but letters and digits; or give it by the environment"
+            f"a {scheme}:// URI can't be parsed. The reason is not shown, as the URI has a secret in it: try it "
+            "without the secret. In a secret, percent-encode everything but letters and digits ('/' is %2F); or pass "
+            "the secret in the environment"
         ) from None
     return RetryingStorage(PyarrowStorage(with_timeouts(filesystem))), path
 

@@ -103,8 +103,8 @@ class CheckpointWriter(StorageWriter):
             # Its files would be overwritten one by one: even a save that fails would destroy a checkpoint there.
             raise FileExistsError(
                 errno.EEXIST,
-                f"a checkpoint needs a directory of its own, and there is {there[0]!r} in it: name another one, or "
-                "delete this one first",
+                f"a checkpoint needs a directory of its own, but this one has {there[0]!r} in it: use a different one, "
+                "or delete this one first",
                 self._path,
             )
         return plans

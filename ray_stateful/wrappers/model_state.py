@@ -147,7 +147,8 @@ class ModelState(StrictPart):
         extra = {key for key in unexpected - set(found.values()) if model_keys.without_wrappers(key) not in skipped}
         judged = self._judge(missing - solved, extra, None)
         notes = [f"{key} is taken from {source}" for key, source in sorted(taken.items())]
-        notes += [f"{len(renamed)} names are of a wrapped model, {min(renamed.values())} say"] if renamed else []
+        if renamed:
+            notes.append(f"{len(renamed)} names come from a wrapped model, for example {min(renamed.values())}")
         notes += [f"{name} is left out on request: kept as built" for name in skipped]
         is_partial = bool(missing - solved or extra or skipped)
         return Reconciled(problems=judged.problems, notes=(*judged.notes, *notes), instead=found, is_partial=is_partial)

@@ -24,6 +24,8 @@ STARTS_WITH_STATE = (Adagrad,)
 # `lr` moves parameters; `weight_decay` adds a gradient of its own, which would be in the first momentum.
 _SET_TO_ZERO = ("lr", "weight_decay")
 
+_OUTER_STATE = "make any other state of the outer optimizer a part of its own"
+
 
 def state_holder(optimizer: Optimizer) -> Optimizer:
     """`optimizer`, or the one inside it that has the same state and groups, and whose step is the plain one.
@@ -44,7 +46,7 @@ def state_holder(optimizer: Optimizer) -> Optimizer:
                 found = f"state that is kept by an optimizer inside it (`{name}`, {type(inner).__name__})"
                 # An outer optimizer with groups of its own (ZeroRedundancyOptimizer) overwrites those of the inner one.
                 if same_groups or is_several:
-                    what_to_do = f"give OptimizerState its `{name}`; what it keeps beside that needs a part of its own"
+                    what_to_do = f"give OptimizerState its `{name}`; {_OUTER_STATE}"
                 else:
                     what_to_do = "use a plain optimizer; to spread its state over the ranks, fully_shard the model"
                 raise UnsupportedState(type(optimizer).__name__, found, what_to_do)

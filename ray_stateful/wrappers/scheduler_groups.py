@@ -76,7 +76,7 @@ def _entry(values: Sequence[Any], found: set[int], ours: Sequence[Any], number: 
     candidates = [values[entry] for entry in sorted(found)] or list(ours[number : number + 1])
     if not candidates or any(not equal(candidates[0], other) for other in candidates):
         raise ValueError(
-            "has lists by number of the group, and the groups here are others than those that were saved: group the "
-            "parameters as they were, or leave the scheduler out of OptimizerState"
+            "stores its lists by group number, and the groups here differ from the saved ones: group the parameters as "
+            "they were when saved, or leave the scheduler out of OptimizerState"
         )
     return candidates[0]

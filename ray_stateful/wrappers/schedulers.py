@@ -100,8 +100,8 @@ def _other_kind(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -
     lacking, extra = _on_one_side(ours, theirs)
     if lacking and extra:
         return [
-            f"the scheduler in the checkpoint is of another kind than the {name} here: it has {some(extra)}, and no "
-            f"{some(lacking)}; build the one that was saved, or leave it out of OptimizerState"
+            f"the scheduler in the checkpoint is of a different kind from the {name} here: it has {some(extra)} but "
+            f"not {some(lacking)}; build the one that was saved, or leave it out of OptimizerState"
         ]
     inner, saved = ours.get(_INNER, ()), theirs.get(_INNER, ())
     if len(inner) != len(saved):

@@ -137,7 +137,7 @@ def test_groups_that_can_not_be_told_from_each_other_are_refused_before_anything
         group["lr"] = 0.1
     train(*saved)
     text = refusal(saved, build(2, ["neck", "body", "head"], floors), tmp_path)
-    assert "ReduceLROnPlateau has lists by number of the group" in text
+    assert "ReduceLROnPlateau stores its lists by group number, and the groups here differ" in text
 
 
 def test_a_scheduler_that_was_not_saved_starts_as_built_beside_one_that_goes_on_and_the_report_says_so(tmp_path):
@@ -171,7 +171,7 @@ def test_a_group_that_is_new_in_the_place_of_one_that_is_gone_has_its_own_schedu
 
 
 KINDS = {
-    "is of another kind than the ExponentialLR here: it has T_max, eta_min, and no gamma": (
+    "is of a different kind from the ExponentialLR here: it has T_max, eta_min but not gamma": (
         lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 9),
         lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9),
     ),
@@ -185,7 +185,7 @@ KINDS = {
         ),
         lambda optimizer: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(optimizer, 0.9)], optimizer),
     ),
-    "is of another kind than the ChainedScheduler[0] here": (
+    "is of a different kind from the ChainedScheduler[0] here": (
         lambda optimizer: lr_scheduler.ChainedScheduler([lr_scheduler.StepLR(optimizer, 9)], optimizer),
         lambda optimizer: lr_scheduler.ChainedScheduler([lr_scheduler.CosineAnnealingLR(optimizer, 9)], optimizer),
     ),

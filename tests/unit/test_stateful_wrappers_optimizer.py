@@ -541,7 +541,11 @@ class Around(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize(
-    ("shared", "what_to_do"), [(("param_groups",), "give OptimizerState its `inner`"), ((), "use a plain optimizer")]
+    ("shared", "what_to_do"),
+    [
+        (("param_groups",), "give OptimizerState its `inner`; make any other state of the outer"),
+        ((), "use a plain optimizer"),
+    ],
 )
 def test_an_optimizer_that_keeps_its_state_in_another_one_is_refused_by_name_at_once(shared, what_to_do):
     model = nn.Linear(2, 2)

@@ -170,7 +170,10 @@ class OptimizerState(StrictPart):
         for scheduler in self.scheduler:
             groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
             members = next((bound.members() for bound in self._bound if bound.optimizer.param_groups is groups), None)
-            found.append(None if members is None else [optimizer_keys.of_group(keys, hyper) for keys in members])
+            if members is None:
+                found.append(None)
+            else:
+                found.append([optimizer_keys.of_group(keys, hyper) if keys else None for keys in members])
         return found
 
     def _bind(self) -> list[BoundOptimizer | Fsdp1Optimizer]:

@@ -19,13 +19,14 @@ _RATES = {"base_lrs": "initial_lr", "_last_lr": "lr"}
 
 
 def regrouped(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], groups: Sequence[Mapping[str, Any] | None]
 ) -> dict[str, Any]:
     """The saved state `theirs`, with its lists in the order of the groups here; unchanged if they have that order.
 
     Args:
         ours: The state of the scheduler here; a group whose parameters are all new takes its entries from it.
-        groups: The saved hyperparameters of each group here; empty if all of its parameters are new.
+        groups: The saved hyperparameters of each group here; empty if all of its parameters are new, `None` if it has
+            no parameters.
 
     Raises:
         ValueError: it is ambiguous which entry belongs to which group.
@@ -37,7 +38,10 @@ def regrouped(
     (num_saved,) = lengths
     told = _told(lists, groups)
     found = [_entries(num_saved, told, saved) for saved in groups]
-    if num_saved == len(groups) and all(number in of for number, of in enumerate(found)):
+    # Hyperparameters are saved with parameters, so nothing is known of a group without any. Among as many groups as
+    # were saved it is taken for the one in its place, or the very code that saved would be refused.
+    in_place = [groups[number] is None or number in of for number, of in enumerate(found)]
+    if num_saved == len(groups) and all(in_place):
         return dict(theirs)
     arranged = {
         name: [_entry(values, of, ours.get(name, ()), number) for number, of in enumerate(found)]
@@ -47,7 +51,7 @@ def regrouped(
 
 
 def _told(
-    lists: Mapping[str, Sequence[Any]], groups: Sequence[Mapping[str, Any]]
+    lists: Mapping[str, Sequence[Any]], groups: Sequence[Mapping[str, Any] | None]
 ) -> list[tuple[str, dict[float, set[int]]]]:
     """The rates that can tell groups apart, each with the numbers of the entries that have a given value."""
     told: list[tuple[str, dict[float, set[int]]]] = []
@@ -63,11 +67,13 @@ def _told(
 
 
 def _entries(
-    num_saved: int, told: Sequence[tuple[str, Mapping[float, set[int]]]], saved: Mapping[str, Any]
+    num_saved: int, told: Sequence[tuple[str, Mapping[float, set[int]]]], saved: Mapping[str, Any] | None
 ) -> set[int]:
-    """The numbers of the entries that may belong to a group; none if the group is new."""
-    found = set(range(num_saved)) if saved else set()
-    for rate, numbers in told if saved else ():
+    """The numbers of the entries that may belong to a group; none if the group is new or has no parameters."""
+    if not saved:
+        return set()
+    found = set(range(num_saved))
+    for rate, numbers in told:
         found = found & numbers[float(saved[rate])] or found
     return found
 

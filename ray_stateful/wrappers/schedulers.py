@@ -11,8 +11,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from ray_stateful.wrappers.optimizer_keys import some
 from ray_stateful.wrappers.scheduler_groups import regrouped
 
-# The hyperparameters that the checkpoint has for each group of an optimizer; None if the optimizer is not known.
-Groups: TypeAlias = Sequence[Mapping[str, Any]] | None
+# The hyperparameters that the checkpoint has for each group of an optimizer, None for a group without parameters; None
+# if the optimizer is not known.
+Groups: TypeAlias = Sequence[Mapping[str, Any] | None] | None
 
 # Where SequentialLR and ChainedScheduler keep the schedulers that they are made of.
 _INNER = "_schedulers"
@@ -116,7 +117,7 @@ def _other_kind(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -
     ]
 
 
-def _regrouped(ours: Mapping[str, Any], theirs: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Any:
+def _regrouped(ours: Mapping[str, Any], theirs: Mapping[str, Any], groups: Sequence[Mapping[str, Any] | None]) -> Any:
     """As `regrouped`, but also for the schedulers inside."""
     found = regrouped(ours, theirs, groups)
     if _INNER in ours and _INNER in found:

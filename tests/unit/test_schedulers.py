@@ -170,6 +170,19 @@ def test_a_group_that_is_new_in_the_place_of_one_that_is_gone_has_its_own_schedu
     assert fresh[2].base_lrs == [RATES["body"], 7.0]
 
 
+def test_a_group_without_parameters_is_no_reason_to_refuse_the_code_that_saved(tmp_path):
+    def with_empty(seed: int) -> tuple[Model, torch.optim.Optimizer, Any]:
+        model = Model(seed)
+        optimizer = torch.optim.AdamW([{"params": list(model.body.parameters())}, {"params": []}], lr=0.1)
+        return model, optimizer, lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=[0.01 * seed, 0.02 * seed])
+
+    saved, fresh = with_empty(1), with_empty(2)
+    train(*saved)
+    checkpoint.save(state_of(*saved), step=1, run=str(tmp_path))
+    checkpoint.restore(state_of(*fresh), run=str(tmp_path))
+    assert fresh[2].state_dict() == saved[2].state_dict()
+
+
 KINDS = {
     "is of a different kind from the ExponentialLR here: it has T_max, eta_min but not gamma": (
         lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 9),

@@ -55,7 +55,7 @@ def differences(schedulers: Sequence[Any], state: Mapping[str, Any]) -> list[str
 
 def check(schedulers: Sequence[Any], state: Mapping[str, Any], groups: Sequence[Groups]) -> list[str]:
     """What keeps `state` from being loaded: more schedulers than here, a different kind, or ambiguous groups."""
-    num_saved = len(state) if _is_numbered(state) else 1
+    num_saved = len(state) if _is_numbered(schedulers, state) else 1
     if schedulers and state and num_saved > len(schedulers):
         return [
             f"schedulers in the checkpoint: {num_saved}, and here: {len(schedulers)}; give OptimizerState those that "
@@ -81,13 +81,19 @@ def has_tensors(value: Any) -> bool:
     return any(map(has_tensors, value)) if isinstance(value, (list, tuple)) else isinstance(value, torch.Tensor)
 
 
-def _is_numbered(state: Mapping[str, Any]) -> bool:
-    return all(str(name).isdigit() and isinstance(given, Mapping) for name, given in state.items())
+def _is_numbered(schedulers: Sequence[Any], state: Mapping[str, Any]) -> bool:
+    """Whether `state` is of several schedulers, under their numbers."""
+    # A scheduler that is made of others may number their states itself.
+    if len(schedulers) == 1 and schedulers[0].state_dict().keys() == state.keys():
+        return False
+    numbers = {str(number) for number in range(len(state))}
+    return state.keys() == numbers and all(isinstance(given, Mapping) for given in state.values())
 
 
 def _each(schedulers: Sequence[Any], state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The saved state of each scheduler, by its number; empty for new ones, which come last."""
-    saved = [state[str(number)] for number in range(len(state))] if state and _is_numbered(state) else [state]
+    is_numbered = bool(state) and _is_numbered(schedulers, state)
+    saved = [state[str(number)] for number in range(len(state))] if is_numbered else [state]
     return [saved[number] if number < len(saved) else {} for number in range(len(schedulers))]
 
 

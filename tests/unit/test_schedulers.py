@@ -183,6 +183,37 @@ def test_a_group_without_parameters_is_no_reason_to_refuse_the_code_that_saved(t
     assert fresh[2].state_dict() == saved[2].state_dict()
 
 
+class Numbered:
+    """A user's own scheduler, made of two of torch's, with a state by number."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, kind: type, gammas: tuple[float, float]) -> None:
+        self.kind = kind
+        self.inner = [lr_scheduler.ExponentialLR(optimizer, gamma) for gamma in gammas]
+
+    def step(self) -> None:
+        for one in self.inner:
+            one.step()
+
+    def state_dict(self) -> dict[Any, Any]:
+        return {self.kind(number): one.state_dict() for number, one in enumerate(self.inner)}
+
+    def load_state_dict(self, state: dict[Any, Any]) -> None:
+        for number, one in enumerate(self.inner):
+            one.load_state_dict(state[self.kind(number)])
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_one_scheduler_with_a_state_by_number_is_not_taken_for_several(kind, tmp_path):
+    saved, fresh = (
+        build(seed, ["body"], lambda optimizer, order, gammas=gammas: Numbered(optimizer, kind, gammas))
+        for seed, gammas in ((1, (0.9, 0.8)), (2, (0.5, 0.4)))
+    )
+    train(*saved)
+    checkpoint.save(state_of(*saved), step=1, run=str(tmp_path))
+    checkpoint.restore(state_of(*fresh), run=str(tmp_path))
+    assert fresh[2].state_dict() == saved[2].state_dict()
+
+
 KINDS = {
     "is of a different kind from the ExponentialLR here: it has T_max, eta_min but not gamma": (
         lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 9),

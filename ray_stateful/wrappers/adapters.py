@@ -132,17 +132,25 @@ def load(
     Args:
         judge: Called before anything is loaded, with the keys that are missing and those that belong to no parameter,
             the same on every rank of a pipeline; raises to refuse.
+
+    Raises:
+        ValueError: shapes differ; lists all of them, on every rank of a pipeline, and nothing was loaded.
     """
     announced = _from_rank_0([(key, value.shape, value.dtype) for key, value in state.items()])
     spelt = {spelling: key for key, others in stored_keys(parts).items() for spelling in [*others, key]}
-    wanted = set(spelt.values())
-    known = set(spelt)
+    shapes = _shapes(parts)
     if pp_group is not None:
         everyone: list[Any] = [None] * dist.get_world_size(pp_group)
-        dist.all_gather_object(everyone, (wanted, known), group=pp_group)
-        wanted, known = (set().union(*sets) for sets in zip(*everyone, strict=True))
-    offered = {spelt.get(key, key) for key, _, _ in announced}
-    judge(wanted - offered, {key for key, _, _ in announced if key not in known})
+        dist.all_gather_object(everyone, (shapes, spelt), group=pp_group)
+        # Those of all stages: a rank that refused alone would leave the others waiting for a broadcast.
+        shapes, spelt_anywhere = (
+            {k: v for one in each for k, v in one.items()} for each in zip(*everyone, strict=True)
+        )
+    else:
+        spelt_anywhere = spelt
+    given = [(spelt_anywhere[key], shape) for key, shape, _ in announced if key in spelt_anywhere]
+    judge(shapes.keys() - dict(given).keys(), {key for key, _, _ in announced if key not in spelt_anywhere})
+    dense.refuse_shapes((key, shape, shapes[key]) for key, shape in given)
 
     targets = {
         OUTER_PREFIX + prefix + short: (index, name)
@@ -165,6 +173,15 @@ def load(
         if _is_fsdp1(part):
             dense.load(part, get_model_state_dict(part), whole)
     return num_loaded
+
+
+def _shapes(parts: Parts) -> dict[str, torch.Size]:
+    """The shape of each trained parameter, by the key that it is stored under."""
+    shapes: dict[str, torch.Size] = {}
+    for prefix, part in parts:
+        parameters = _shards(part) if _is_fsdp1(part) else dict(named_parameters(part))
+        shapes |= {OUTER_PREFIX + prefix + short: parameters[name].shape for name, short in _trained(part)}
+    return shapes
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,14 +56,26 @@ def check_shapes(own: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, 
     Raises:
         ValueError: lists all of them.
     """
-    found = [
-        f"  {name}: {tuple(theirs.shape)} given, {tuple(ours.shape)} in the model"
+    refuse_shapes(
+        (name, theirs.shape, ours.shape)
         for mine, values in zip(own, given, strict=True)
         for name, theirs in values.items()
         if isinstance(ours := as_dtensor(mine[name]), torch.Tensor)
         and isinstance(theirs, torch.Tensor)
-        and ours.shape != theirs.shape
         and not is_extra(name)
+    )
+
+
+def refuse_shapes(shapes: Iterable[tuple[str, torch.Size, torch.Size]]) -> None:
+    """Refuse what has a different shape from the model's: names, with the shape that is given and the model's.
+
+    Raises:
+        ValueError: lists all of them.
+    """
+    found = [
+        f"  {name}: {tuple(theirs)} given, {tuple(ours)} in the model"
+        for name, theirs, ours in shapes
+        if theirs != ours
     ]
     if found:
         raise ValueError("shapes of the model do not fit; nothing was loaded:\n" + "\n".join(found))

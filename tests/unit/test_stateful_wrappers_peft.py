@@ -121,6 +121,27 @@ def test_a_missing_adapter_tensor_is_refused_and_nothing_is_loaded():
     assert part.describe().startswith(f"{len(state) - 1} tensors; adapter; ")
 
 
+class Adapted(nn.Module):
+    """A frozen layer with an adapter of the given rank, as people write them without peft."""
+
+    def __init__(self, rank: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.base = nn.Linear(6, 5).requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Linear(6, rank, bias=False), nn.Linear(rank, 5, bias=False)
+
+
+def test_an_adapter_of_another_rank_is_refused_and_nothing_is_loaded():
+    saved, fresh = Adapted(1, seed=1), Adapted(8, seed=2)
+    before = trained(fresh)
+    state = ModelState(saved, is_peft=True).state_dict()
+    # A single row would be repeated in all eight.
+    listed = r"lora_A\.weight: \(1, 6\) given, \(8, 6\) in the model.*lora_B\.weight: \(5, 1\) given, \(5, 8\) in"
+    with pytest.raises(ValueError, match=rf"(?s)nothing was loaded:.*{listed}"):
+        ModelState(fresh, is_peft=True).load_state_dict(state)
+    assert_same(trained(fresh), before)
+
+
 def test_the_base_model_loads_without_adapters():
     model = build("lora", 1)
     part = ModelState(model, is_peft=True, is_init_step=True)

@@ -46,8 +46,9 @@ class BoundOptimizer:
     optimizer: Optimizer
     keys: dict[torch.Tensor, str] = field(default_factory=dict)
     # What the last state_dict() handed out for parameters without state, so that `load` takes over the filled tensors
-    # and does not copy them. Weak references: the zeros that a save made for an unused expert are not kept.
-    _offered: dict[str, dict[str, weakref.ref[torch.Tensor] | None]] = field(default_factory=dict)
+    # and does not copy them. Weak references: the zeros that a save made for an unused expert are not kept. Nested as
+    # the optimizer has it: flat names do not tell the key 0 from "0".
+    _offered: dict[str, dict[Any, Any]] = field(default_factory=dict)
 
     def groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, torch.Tensor]]]]:
         """Every group with its parameters and their keys."""
@@ -63,9 +64,7 @@ class BoundOptimizer:
         """The names in the state of each parameter: its own, or those that `state_dict` last offered for filling."""
         return {
             key: frozenset(
-                self._offered[key]
-                if key in self._offered
-                else (name for name, _ in leaves(self.optimizer.state.get(parameter, {})))
+                name for name, _ in leaves(self._offered.get(key) or self.optimizer.state.get(parameter, {}))
             )
             for key, parameter in self.parameters()
         }
@@ -104,12 +103,7 @@ class BoundOptimizer:
                         # hide a conflict between them.
                         own = value.clone() if isinstance(value, torch.Tensor) else value
                         flat[f"{PARAM_GROUPS}.{key}.{name}"] = own
-        self._offered = {
-            key: {
-                name: weakref.ref(value) if isinstance(value, torch.Tensor) else None for name, value in leaves(state)
-            }
-            for key, state in offered.items()
-        }
+        self._offered = {key: _referred(state) for key, state in offered.items()}
         return flat
 
     def _templates(self) -> dict[str, dict[str, Any]]:
@@ -178,7 +172,8 @@ class BoundOptimizer:
                 if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor) and ours.shape != theirs.shape:
                     where = f"{STATE}.{key}.{name}"
                     raise ValueError(f"{where!r} has shape {tuple(theirs.shape)}, and {tuple(ours.shape)} here")
-            absent = sorted(set(self._offered.get(key, live)) - set(state.get(key, {})))
+            offered = dict(leaves(self._offered[key])) if key in self._offered else live
+            absent = sorted(offered.keys() - state.get(key, {}).keys())
             if key in state and absent:
                 raise ValueError(f"{STATE}.{key} lacks {absent}: part of a parameter's state is of no use")
 
@@ -233,7 +228,7 @@ class BoundOptimizer:
             elif not is_stepped(values):
                 continue
             elif self._is_offer(key, values):
-                self.optimizer.state[parameter] = nested(values)
+                self.optimizer.state[parameter] = _merged(self._offered[key], values)
                 loaded.append(key)
             else:
                 starting.append((key, parameter))
@@ -250,7 +245,7 @@ class BoundOptimizer:
         return is_stand_in(self.optimizer, values)
 
     def _is_offer(self, key: str, values: Mapping[str, Any]) -> bool:
-        offer = self._offered.get(key, {})
+        offer = dict(leaves(self._offered.get(key, {})))
         return set(offer) == set(values) and all(ref is None or ref() is values[name] for name, ref in offer.items())
 
 
@@ -282,6 +277,17 @@ def bind(optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> dict[torch.
 def _is_negative_zero(value: Any) -> bool:
     local = local_of(value)
     return isinstance(local, torch.Tensor) and bool(((local == 0) & local.signbit()).all())
+
+
+def _referred(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`state` with a weak reference in the place of each tensor, and `None` in that of anything else."""
+    referred: dict[Any, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            referred[name] = _referred(value)
+        else:
+            referred[name] = weakref.ref(value) if isinstance(value, torch.Tensor) else None
+    return referred
 
 
 def _merged(live: Mapping[Any, Any], values: Mapping[str, Any], path: str = "") -> dict[Any, Any]:

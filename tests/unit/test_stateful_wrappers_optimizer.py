@@ -468,6 +468,43 @@ def test_8_bit_state_comes_back_in_8_bits_and_float32_moments_of_bfloat16_stay_f
     assert_same(leaves(again.state[fresh.weight]), leaves(optimizer.state[saved.weight]))
 
 
+class ByDim(torch.optim.Optimizer):
+    """Has a mean for each dim of a parameter, under its number: the way of those that precondition dim by dim."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["means"] = {dim: torch.zeros(size) for dim, size in enumerate(parameter.shape)}
+                for dim, size in enumerate(parameter.shape):
+                    state["means"][dim] += parameter.grad.movedim(dim, 0).reshape(size, -1).mean(1)
+                    parameter -= group["lr"] * state["means"][dim].mean()
+
+
+@pytest.mark.parametrize("way", ["restore", "direct"])
+def test_an_optimizer_with_numbers_among_the_keys_of_its_state_goes_on_as_if_it_had_not_stopped(way, tmp_path):
+    (saved, optimizer), (fresh, again) = ((model, ByDim(model.parameters())) for model in (Tied(seed=1), Tied(seed=2)))
+    train(saved, optimizer)
+    before = {"m": ModelState(saved), "o": OptimizerState(saved, optimizer)}
+    after = {"m": ModelState(fresh), "o": OptimizerState(fresh, again)}
+    if way == "restore":
+        checkpoint.save(before, step=3, run=str(tmp_path))
+        checkpoint.restore(after, run=str(tmp_path))
+    else:
+        for name, part in after.items():
+            part.load_state_dict(before[name].state_dict())
+    for model, one in ((saved, optimizer), (fresh, again)):
+        train(model, one)
+    assert_same(dict(fresh.state_dict()), dict(saved.state_dict()))
+
+
 @pytest.mark.parametrize(
     ("value", "found"),
     [

@@ -49,6 +49,9 @@ class BoundOptimizer:
     # and does not copy them. Weak references: the zeros that a save made for an unused expert are not kept. Nested as
     # the optimizer has it: flat names do not tell the key 0 from "0".
     _offered: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    # The initial state of the parameters that have none, and get theirs from values that were not offered. Held from
+    # `check` to `load` only.
+    _starting: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, torch.Tensor]]]]:
         """Every group with its parameters and their keys."""
@@ -163,22 +166,42 @@ class BoundOptimizer:
 
         Raises:
             ValueError: hyperparameters differ within a group, shapes differ, or part of a parameter's state is missing.
+            UnsupportedState: the optimizer can't make the state that is to be filled.
         """
         self.check_groups(hyper)
+        starting = self._initial(state)
         for key, parameter in self.parameters():
-            live = dict(leaves(self.optimizer.state.get(parameter, {})))
-            for name, theirs in state.get(key, {}).items():
-                ours = live.get(name)
-                if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor) and ours.shape != theirs.shape:
+            given = state.get(key, {})
+            ours = dict(leaves(starting.get(key) or self.optimizer.state.get(parameter, {})))
+            for name, theirs in given.items():
+                mine = ours.get(name)
+                if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor) and mine.shape != theirs.shape:
                     where = f"{STATE}.{key}.{name}"
-                    raise ValueError(f"{where!r} has shape {tuple(theirs.shape)}, and {tuple(ours.shape)} here")
-            offered = dict(leaves(self._offered[key])) if key in self._offered else live
-            absent = sorted(offered.keys() - state.get(key, {}).keys())
+                    raise ValueError(f"{where!r} has shape {tuple(theirs.shape)}, and {tuple(mine.shape)} here")
+            absent = sorted({name for name, _ in leaves(self._offered.get(key, ours))} - given.keys())
             if key in state and absent:
                 raise ValueError(f"{STATE}.{key} lacks {absent}: part of a parameter's state is of no use")
+        self._starting = starting
+
+    def _initial(self, given: ByName) -> dict[str, dict[str, Any]]:
+        """The state to be filled of the parameters that have none, and were offered none that is filled already."""
+        dampened = self._dampened()
+        lacking = [
+            (key, parameter)
+            for key, parameter in self.parameters()
+            if (values := given.get(key))
+            and not self.optimizer.state.get(parameter)
+            and not self._is_offer(key, values)
+            and is_stepped(values)
+            and not self._is_stand_in(values, key in dampened)
+        ]
+        if not lacking:
+            return {}
+        made = initial_state(self.optimizer, [parameter for _, parameter in lacking])
+        return {key: state for (key, _), state in zip(lacking, made, strict=True)}
 
     def load(self, state: ByName, hyper: ByName) -> list[str]:
-        """Load what is given for this optimizer's parameters; one without state in `state` starts fresh.
+        """Load what is given for this optimizer's parameters, after a `check`; one without state starts fresh.
 
         Returns:
             The keys of the parameters that got their state.
@@ -190,7 +213,7 @@ class BoundOptimizer:
                 group[name] = _into(group.get(name), value)
             if is_torchs(self.optimizer):
                 self._place_counts(group, [parameter for _, parameter in members])
-        self._offered = {}
+        self._offered, self._starting = {}, {}
         return loaded
 
     def _place_counts(self, group: Mapping[str, Any], parameters: Sequence[torch.Tensor]) -> None:
@@ -209,9 +232,8 @@ class BoundOptimizer:
                 state["step"] = state["step"].cpu()
 
     def _load_state(self, given: ByName) -> list[str]:
-        starting: list[tuple[str, torch.Tensor]] = []
         loaded: list[str] = []
-        dampened = {key for group, members in self.groups() if group.get("dampening") for key, _ in members}
+        dampened = self._dampened()
         for key, parameter in self.parameters():
             values: Mapping[str, Any] = given.get(key, {})
             if self._is_stand_in(values, key in dampened):
@@ -222,21 +244,16 @@ class BoundOptimizer:
             if not values:
                 if not isinstance(self.optimizer, STARTS_WITH_STATE):
                     self.optimizer.state.pop(parameter, None)
-            elif live:
-                self.optimizer.state[parameter] = _merged(live, values)
+            elif live or is_stepped(values):
+                # Copied into what is here; but what was offered is filled already, and is taken over.
+                begun = self._starting[key] if key in self._starting else self._offered.get(key, {})
+                self.optimizer.state[parameter] = _merged(live or begun, values)
                 loaded.append(key)
-            elif not is_stepped(values):
-                continue
-            elif self._is_offer(key, values):
-                self.optimizer.state[parameter] = _merged(self._offered[key], values)
-                loaded.append(key)
-            else:
-                starting.append((key, parameter))
-        if starting:
-            made = initial_state(self.optimizer, [parameter for _, parameter in starting])
-            for (key, parameter), state in zip(starting, made, strict=True):
-                self.optimizer.state[parameter] = _merged(state, given[key])
-        return loaded + [key for key, _ in starting]
+        return loaded
+
+    def _dampened(self) -> set[str]:
+        """Keys of the parameters whose momentum begins with the first gradient itself."""
+        return {key for group, members in self.groups() if group.get("dampening") for key, _ in members}
 
     def _is_stand_in(self, values: Mapping[str, Any], is_dampened: bool) -> bool:
         """Whether a parameter's state was made by `_templates`, and saved unchanged."""

@@ -209,6 +209,30 @@ def test_part_of_a_parameters_state_is_a_problem():
     assert judged.problems == ("state.scale.exp_avg is not in the checkpoint, but other state of its parameter is",)
 
 
+@pytest.mark.parametrize(
+    ("moment", "found"),
+    [
+        (torch.tensor([7.0]), r"'state\.bias\.exp_avg' has shape \(1,\), and \(4,\) here"),
+        (torch.ones(9), r"'state\.bias\.exp_avg' has shape \(9,\), and \(4,\) here"),
+        (None, r"state\.bias lacks \['exp_avg'\]"),
+    ],
+)
+def test_state_that_a_fresh_optimizer_can_not_have_is_refused_before_any_is_loaded(moment, found):
+    (saved, optimizer), (fresh, again) = (
+        (model, torch.optim.AdamW(model.parameters(), lr=lr))
+        for model, lr in ((nn.Linear(4, 4), 0.1), (nn.Linear(4, 4), 0.2))
+    )
+    saved(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    state = OptimizerState(saved, optimizer).state_dict()
+    state["optim"].pop("state.bias.exp_avg")
+    state["optim"] |= {} if moment is None else {"state.bias.exp_avg": moment}
+    with pytest.raises(ValueError, match=found):
+        OptimizerState(fresh, again).load_state_dict(state)
+    assert not again.state
+    assert again.param_groups[0]["lr"] == 0.2
+
+
 def test_the_state_of_another_kind_of_optimizer_is_a_problem():
     saved, fresh = Tied(seed=1), Tied(seed=2)
     optimizer, again = torch.optim.AdamW(saved.parameters()), torch.optim.SGD(fresh.parameters())

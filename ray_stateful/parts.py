@@ -8,6 +8,7 @@ be the same on all ranks, which compare them before anything else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -18,11 +19,11 @@ from ray_stateful.errors import UnsupportedState
 from ray_stateful.format import layout, values
 from ray_stateful.format.checksums import checksum
 from ray_stateful.format.manifest import MAX_TEXT_LENGTH
-from ray_stateful.format.rows import KeyPath, StoredChunk
+from ray_stateful.format.rows import KeyPath, StoredChunk, tree_row
 from ray_stateful.ranks import Outcome, Ranks
-from ray_stateful.states.part import RankPart
+from ray_stateful.states.part import RankPart, StrictPart
 from ray_stateful.storage.opening import OpenCheckpoint
-from ray_stateful.storage.structure import PerRank, put
+from ray_stateful.storage.structure import ByKey, put
 
 State = Mapping[str, Any]
 
@@ -149,6 +150,30 @@ def tree_value(opened: OpenCheckpoint, row: StoredChunk) -> Any:
     return values.decode(row.value or "", f"{opened.path}: {row.key!r}")
 
 
+def divided(opened: OpenCheckpoint, path: KeyPath, template: Any) -> OpenCheckpoint:
+    """`opened` as if each dict that is stored by key now had been when it was saved; it may be a tree there.
+
+    As a tree it would be taken whole, and nobody would see that its entries are not those of `template`, the part's
+    present value at `path`.
+    """
+    if not isinstance(template, ByKey):
+        return opened
+    row = opened.trees.get(".".join(map(str, path)))
+    saved = None if row is None else tree_value(opened, row)
+    if row is not None and isinstance(saved, Mapping) and all(isinstance(name, str) for name in saved):
+        # Entries that are no containers have a row of their own beside the tree.
+        below = [
+            tree_row((*path, name), values.encode(child, name))
+            for name, child in saved.items()
+            if isinstance(child, Mapping | list)
+        ]
+        others = {key: tree for key, tree in opened.trees.items() if tree is not row}
+        opened = replace(opened, trees=others | {tree.key: tree for tree in below})
+    for name, child in template.items():
+        opened = divided(opened, (*path, name), child)
+    return opened
+
+
 def entries_of(opened: OpenCheckpoint, name: str) -> list[StoredChunk]:
     """One row for each entry that is stored under part `name`, trees included."""
     return [row for row in opened.first_rows() if row.path[0] == name]
@@ -171,7 +196,12 @@ def _names_digest(state: State) -> int:
 
 def _of_part(part: Any, rank: int) -> Any:
     value = part.state_dict()
-    return PerRank({layout.rank_key(rank): value}) if isinstance(part, RankPart) else value
+    if isinstance(part, RankPart):
+        return ByKey({layout.rank_key(rank): value})
+    if isinstance(part, StrictPart) and part.by_key:
+        value = {key: ByKey(child) if child and key in part.by_key else child for key, child in value.items()}
+        return ByKey(value) if value else value
+    return value
 
 
 def _in_order_of(template: Any, value: Any, whole: Set[KeyPath], path: KeyPath) -> Any:

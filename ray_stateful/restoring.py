@@ -185,10 +185,11 @@ def _match(
             try:
                 if isinstance(part, StrictPart):
                     keys = frozenset(key for key, first in everyones_keys.items() if first == name)
-                    match = matching.match_strict(name, part, mine, keys, opened, may_cast=initial)
+                    seen = parts.divided(opened, (name,), template[name])
+                    match = matching.match_strict(name, part, mine, keys, seen, may_cast=initial)
                     problems += match.problems
                     if not match.problems:
-                        filled[name] = fill_strict(part, template[name], mine, planner.mappings, match, run, opened)
+                        filled[name] = fill_strict(part, template[name], mine, planner.mappings, match, run, seen)
                 elif problem := problem_of_kind(name, part, (planner.mappings[key] for key in mine), opened):
                     problems.append(problem)
                 elif isinstance(part, RankPart):

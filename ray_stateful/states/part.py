@@ -43,7 +43,14 @@ class Reconciled:
 
 
 class StrictPart(ABC):
-    """A part whose state dict, before loading, already has the keys and tensors to be filled."""
+    """A part whose state dict, before loading, already has the keys and tensors to be filled.
+
+    A dict without tensors is stored as one value, which is the same on all ranks and is taken whole. `by_key` names
+    dicts in the state dict whose entries, like those of the state dict itself, are stored and judged one by one even
+    so: those that have other entries on other ranks.
+    """
+
+    by_key: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def reconcile(self, missing: frozenset[str], unexpected: frozenset[str]) -> Reconciled:

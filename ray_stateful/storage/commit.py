@@ -88,8 +88,16 @@ def collect(results: Sequence[Sequence[WriteResult]]) -> tuple[list[StoredChunk]
             raise ValueError(f"{written.key}: different values on different ranks")
     tensors = {row.path[:depth] for row in rows if row.dtype is not None for depth in range(1, len(row.path))}
     # A tree stands for everything below its path. Where one rank has a tree, a different rank may have tensors below
-    # it, which the tree would hide.
+    # it, or where it has an empty one any entry, which the tree would hide.
+    if any(map(_is_empty, trees.values())):
+        everything = [*rows, *trees.values()]
+        above = {row.path[:depth] for row in everything for depth in range(1, len(row.path))}
+        trees = {key: tree for key, tree in trees.items() if not (_is_empty(tree) and tree.path in above)}
     return [*rows, *(tree for tree in trees.values() if tree.path not in tensors)], files
+
+
+def _is_empty(tree: StoredChunk) -> bool:
+    return tree.value in ("{}", "[]")
 
 
 def prove(metadata: Metadata, rows: Sequence[StoredChunk]) -> None:

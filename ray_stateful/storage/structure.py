@@ -21,8 +21,12 @@ PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _LEAVES = _SCALARS | PLAIN_TENSORS | {DTensor}
 
 
-class PerRank(dict[str, Any]):
-    """One rank's own entry of a part: never stored whole as one value, as other ranks use the same name."""
+class ByKey(dict[Any, Any]):
+    """A dict that is not stored whole, as one value, though it may have no tensor; not empty, or nothing is stored.
+
+    For entries that not all ranks have: they could not agree on one value of the whole. Stored under keys of their own,
+    entries are also compared one by one.
+    """
 
 
 def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, KeyPath], dict[str, Any], dict[str, Any]]:
@@ -85,7 +89,8 @@ def remove(nested: Any, path: KeyPath) -> None:
 def copy_containers(value: Any) -> Any:
     """A copy of the dicts and lists of `value`, with the same leaves."""
     if isinstance(value, Mapping):
-        return {key: copy_containers(child) for key, child in value.items()}
+        copied = {key: copy_containers(child) for key, child in value.items()}
+        return ByKey(copied) if isinstance(value, ByKey) else copied
     if isinstance(value, list):
         return [copy_containers(child) for child in value]
     return value
@@ -173,7 +178,7 @@ def meshes_of(values: Iterable[Any]) -> tuple[Mapping[str, int], ...]:
 
 def _walk(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     children = _children(value)
-    if children is None or (path and not isinstance(value, PerRank) and not _has_tensor(value)):
+    if children is None or (path and not isinstance(value, ByKey) and not _has_tensor(value)):
         yield path, value
         return
     for step, child in children:

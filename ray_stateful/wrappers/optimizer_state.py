@@ -41,6 +41,9 @@ class OptimizerState(StrictPart):
         UnsupportedState: an optimizer wraps another one, which keeps the state.
     """
 
+    # SGD without momentum has no tensors, and the stages of a pipeline have different parameters.
+    by_key = ("optim",)
+
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],

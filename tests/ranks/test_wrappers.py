@@ -475,6 +475,32 @@ def test_every_stage_of_a_pipeline_comes_back_and_a_head_is_taken_from_another_s
     passed(run_ranks(2, stages, str(tmp_path), backend))
 
 
+def plain_stage(stages: list[int], rate: float) -> OptimizerState:
+    """SGD of some stages of a pipeline, with a group for each and no state at all."""
+    model = nn.ModuleDict({f"stage_{stage}": nn.Linear(2, 2) for stage in stages})
+    # The last stage has nothing to train.
+    groups = [{"params": list(model[f"stage_{s}"].parameters()) if s < 2 else [], "lr": rate * (1 + s)} for s in stages]
+    return OptimizerState(model, torch.optim.SGD(groups))
+
+
+def stages_without_state(run: str) -> None:
+    logging.disable(logging.INFO)
+    checkpoint.save({"optimizer": plain_stage([dist.get_rank()], 0.5)}, step=1, run=run)
+    fresh = plain_stage([dist.get_rank()], 0.0)
+    report = checkpoint.restore({"optimizer": fresh}, run=run)
+    assert [part.outcome for part in report.parts] == ["exact"]
+    if dist.get_rank() < 2:
+        assert fresh.optimizer[0].param_groups[0]["lr"] == 0.5 * (1 + dist.get_rank())
+
+
+def test_optimizers_without_state_of_a_pipelines_stages_come_back_also_on_another_number_of_ranks(tmp_path):
+    passed(run_ranks(3, stages_without_state, str(tmp_path)))
+    whole = plain_stage([0, 1, 2], 0.0)
+    report = checkpoint.restore({"optimizer": whole}, run=str(tmp_path))
+    assert [part.outcome for part in report.parts] == ["exact"]
+    assert [group["lr"] for group in whole.optimizer[0].param_groups] == [0.5, 1.0, 0.0]
+
+
 class Adapted(nn.Module):
     def __init__(self, name: str, rank: int = 2) -> None:
         super().__init__()

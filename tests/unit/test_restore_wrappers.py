@@ -6,7 +6,7 @@ from torch import nn
 
 from ray_stateful import ModelState, OptimizerState, checkpoint
 from ray_stateful.errors import SaveFailed, StateMismatch
-from tests.part import Part
+from tests.part import Part, opened
 
 
 class Model(nn.Module):
@@ -244,6 +244,48 @@ def test_a_part_of_which_nothing_or_not_all_is_loaded_is_not_called_exact(tmp_pa
         case: ["partial"] for case in parts
     }
     assert str(reports["more"]).count("more.weight is not in the checkpoint") == 1
+
+
+def without_tensors(name, lr):
+    model = nn.ModuleDict({name: nn.Linear(2, 2)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    return model, optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 30], gamma=lr)
+
+
+def save_without_tensors(part, is_tree, run):
+    """Save `part`, or what it gives as one value: so it was stored before it was stored by key."""
+    saved = opened(checkpoint.save({"optimizer": Part(part.state_dict()) if is_tree else part}, step=1, run=run))
+    assert ("optimizer" in saved.trees) == is_tree
+
+
+@pytest.mark.parametrize("is_tree", [True, False])
+def test_an_optimizer_without_tensors_comes_back_also_from_a_checkpoint_that_has_it_as_one_value(is_tree, tmp_path):
+    (_, optimizer, scheduler), (_, again, scheduler_again) = objects = (
+        without_tensors("a", 0.5),
+        without_tensors("a", 0.1),
+    )
+    saved, fresh = (OptimizerState(*of) for of in objects)
+    optimizer.step()
+    scheduler.step()
+    save_without_tensors(saved, is_tree, str(tmp_path))
+    report = checkpoint.restore({"optimizer": fresh}, run=str(tmp_path))
+
+    assert outcomes(report) == {"optimizer": "exact"}
+    assert again.state_dict() == optimizer.state_dict()
+    assert scheduler_again.state_dict() == scheduler.state_dict()
+    assert type(scheduler_again.milestones) is type(scheduler.milestones)
+
+
+@pytest.mark.parametrize("is_tree", [True, False])
+def test_an_optimizer_without_tensors_is_not_called_exact_if_no_parameter_is_one_that_was_saved(is_tree, tmp_path):
+    save_without_tensors(OptimizerState(*without_tensors("a", 0.5)[:2]), is_tree, str(tmp_path))
+    model, optimizer, _ = without_tensors("b", 0.1)
+    report = checkpoint.restore({"optimizer": OptimizerState(model, optimizer)}, run=str(tmp_path))
+
+    assert outcomes(report) == {"optimizer": "partial"}
+    assert "lr of b.bias, b.weight is not in the checkpoint" in str(report)
+    assert "param_groups.a.bias.dampening" in str(report)
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_what_had_no_gradient_had_no_state_and_is_exact_without(tmp_path):

@@ -214,6 +214,20 @@ def test_one_scheduler_with_a_state_by_number_is_not_taken_for_several(kind, tmp
     assert fresh[2].state_dict() == saved[2].state_dict()
 
 
+def test_a_scheduler_with_numbers_as_keys_comes_back_also_with_tensors_below_them(tmp_path):
+    def with_tensors(seed: int, gammas: tuple[float, float]) -> tuple[Model, torch.optim.Optimizer, Any]:
+        model = Model(seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.1))
+        return model, optimizer, Numbered(optimizer, int, gammas)
+
+    saved, fresh = with_tensors(1, (0.9, 0.8)), with_tensors(2, (0.5, 0.4))
+    train(*saved)
+    checkpoint.save(state_of(*saved), step=1, run=str(tmp_path))
+    checkpoint.restore(state_of(*fresh), run=str(tmp_path))
+    assert_same(leaves(fresh[2].state_dict()), leaves(saved[2].state_dict()))
+    assert [one.gamma for one in fresh[2].inner] == [0.9, 0.8]
+
+
 KINDS = {
     "is of a different kind from the ExponentialLR here: it has T_max, eta_min but not gamma": (
         lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 9),

@@ -124,12 +124,12 @@ def without_its_group(run):
     dist.barrier()
     rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
     dist.destroy_process_group()
-    with pytest.raises(RuntimeError, match="made in a process group, and this process is without one"):
+    with pytest.raises(RuntimeError, match="made in a process group, but this process is now without one"):
         saver.__exit__(None, None, None)
     saver = Checkpointer({"counter": Counter()}, run=run, timeout_s=20)
     dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=2)
     for call in (saver.step, saver.save, saver.restore):
-        with pytest.raises(RuntimeError, match="made without a process group, and this process is in one"):
+        with pytest.raises(RuntimeError, match="made without a process group, but this process is now in one"):
             call()
     dist.barrier()
 
@@ -170,7 +170,7 @@ def fail_saves(run, failing, soft_fail):
 
 
 def test_training_goes_on_through_as_many_failed_saves_as_allowed_and_no_more(tmp_path):
-    once = "save 1 in a row failed, and training goes on; after 1 more"
+    once = "save 1 in a row failed, and training goes on; after 1"
     soft = run_ranks(2, fail_saves, str(tmp_path / "soft"), [1, 3], 1)
     # Two in three, and never two in a row: a save that succeeds wipes the slate clean.
     assert soft == [([False, True, False], [once, once])] * 2

@@ -126,9 +126,9 @@ def _counted(step: Callable[[Saving, Ranks], T]) -> Callable[[Saving, Ranks], T]
 class Saving:
     """One save, in pieces that may run at different times: training need only stand still for `collect`.
 
-    Every rank calls all four, in this order: `agree_on_step` (unless ranks have agreed already), `collect`, `write`,
-    `report`. The training thread must create the object: `clock` counts the phases of the thread that created it as
-    time for which training stood still.
+    Every rank calls all four, in this order: `agree_on_step` (unless ranks have agreed on the step and on the names of
+    the parts), `collect`, `write`, `report`. The training thread must create the object: `clock` counts the phases of
+    the thread that created it as time for which training stood still.
     """
 
     def __init__(

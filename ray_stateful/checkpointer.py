@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 from typing_extensions import Self
 
-from ray_stateful import orphans, ray_train, save_requests
+from ray_stateful import orphans, parts, ray_train, save_requests
 from ray_stateful.background import BackgroundSaver
 from ray_stateful.checkpoint import Saving
 from ray_stateful.checkpoint import restore as _restore
 from ray_stateful.decisions import Decision, Reason, decide
 from ray_stateful.errors import SaveFailed
-from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Ranks, current_rank, world
+from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks, current_rank, world
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.runs import Run
 from ray_stateful.storage.plan_cache import PlanCache
@@ -181,6 +181,7 @@ class Checkpointer:
             The report of the save made now, or of a background save that has ended; `None` if there is none.
 
         Raises:
+            UnsupportedState: some rank's state is not valid, or has different parts; on every rank, at the first step.
             UnevenSteps: ranks have counted different numbers of steps, or some are at the end; on every rank.
             UnmatchedCalls: some rank made a different call; on every rank.
             SaveFailed: on every rank, at the failure that follows `soft_fail` failed saves in a row.
@@ -279,7 +280,14 @@ class Checkpointer:
         """Tell the others what this rank would like; the decision is the same on all ranks."""
         written = self._background is not None and self._background.written
         wish = [self.step_count, int(mine), save_requests.save_requested(), int(written)]
-        return decide(self._ranks.all_gather_ints("decide whether to save", wish))
+        outcome = Outcome()
+        with outcome.catch():
+            parts.check(self.state)
+        everyone = parts.share_names(self._ranks, "decide whether to save", self.state, outcome, wish)
+        decision = decide([row[:-1] for row in everyone])
+        # A save in the background does not compare names again: what it collects, all ranks must have.
+        parts.refuse_different(self.state, [names for *_, names in everyone])
+        return decision
 
     def _saving(self, metrics: Mapping[str, Any] | None) -> Saving:
         return Saving(

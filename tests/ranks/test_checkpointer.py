@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ray_stateful import Checkpointer, checkpoint, save_requests
 from ray_stateful.decisions import Decision, Reason, decide
-from ray_stateful.errors import SaveFailed, UnevenSteps, UnmatchedCalls
+from ray_stateful.errors import SaveFailed, UnevenSteps, UnmatchedCalls, UnsupportedState
 from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage import opening
@@ -115,6 +115,27 @@ def test_calls_that_do_not_match_are_an_error_on_every_rank_that_names_them_all(
     others = ["agree on the step", "compare parts", "end a background save", "agree on the step"]
     assert outcomes == [[{0: step, 1: other, 2: step} for other in others]] * 3
     assert steps_saved(tmp_path) == []
+
+
+def parts_of_other_names(run):
+    """What a step is told, and what is saved, when rank 0 has a part more: in the foreground and the background."""
+    told = []
+    for background in (False, True):
+        state = {"a": Counter()} | ({"only on rank 0": Counter()} if dist.get_rank() == 0 else {})
+        saver = Checkpointer(state, every_n_steps=1, background=background, run=run, timeout_s=20)
+        try:
+            saver.step()
+            saver.wait()
+        except UnsupportedState as error:
+            told.append(error.found)
+    return told
+
+
+def test_parts_of_other_names_on_another_rank_are_refused_before_they_are_collected_in_the_background_too(tmp_path):
+    outcomes = run_ranks(2, parts_of_other_names, str(tmp_path))
+
+    assert [["rank 0" in found and "ranks [1]" in found for found in told] for told in outcomes] == [[True] * 2] * 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def without_its_group(run):

@@ -50,7 +50,8 @@ class Checkpointer:
     Args:
         state: Name to part, as for `ray_stateful.save`.
         every_n_steps: Save whenever the number of completed steps is a multiple of this.
-        every_s: Save when, on any rank, this many seconds have passed since the last save, whether or not it failed.
+        every_s: Save when, on any rank, this many seconds have passed since the last save was made, or was begun in the
+            background, or failed.
         at_end: Save the last step when the `with` block ends without an exception. If false, it is still saved if a
             save is due by then: one that was requested, or postponed because another was in flight.
         background: Write while training goes on. Training stands still only for one copy of the local shards to host
@@ -225,7 +226,9 @@ class Checkpointer:
         saving.agree_on_step(self._ranks)
         saving.collect()
         saving.write(self._ranks)
-        return self._saved(saving.report(self._ranks))
+        report = self._saved(saving.report(self._ranks))
+        self._tried_at_s = time.monotonic()
+        return report
 
     def wait(self) -> None:
         """Wait for the background save in flight, if there is one, and report it. Collective.
@@ -303,7 +306,8 @@ class Checkpointer:
     def _begin(self, background: BackgroundSaver, metrics: Mapping[str, Any] | None) -> None:
         self._postponed, self._taken = False, self._request
         background.begin(self._saving(metrics))
-        # The interval counts from here: if it stayed due while this save is in flight, the next would follow at once.
+        # The interval counts from here, whatever the save takes: `_saved` must not set this again. If the save takes
+        # longer than the interval, the next one is due meanwhile, and is begun as soon as this one has ended.
         self._tried_at_s = time.monotonic()
 
     def _finish(self) -> SaveReport:
@@ -311,7 +315,7 @@ class Checkpointer:
         return self._saved(self._background.finish(self._ranks))
 
     def _saved(self, report: SaveReport) -> SaveReport:
-        self._saved_step, self._tried_at_s, self._save_s = report.step, time.monotonic(), report.seconds
+        self._saved_step, self._save_s = report.step, report.seconds
         self._num_failed, self._served = 0, self._taken
         if self._orphans_after_s is not None:
             # After a save and not before: now there is a newest checkpoint, and storage is known to answer.

@@ -7,13 +7,17 @@ import weakref
 import pytest
 import torch
 
-from ray_stateful import Checkpointer, checkpoint
+from ray_stateful import Checkpointer, checkpoint, checkpointer
 from ray_stateful.background import BackgroundSaver
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.stopwatch import Stopwatch
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import FaultyStorage, Hang
+
+
+def steps_saved(run):
+    return sorted(int(path.parent.name[12:22]) for path in run.glob("*/manifest.json"))
 
 
 class Cloning:
@@ -141,6 +145,37 @@ def test_a_default_device_of_the_user_is_not_where_buffers_are_made(tmp_path, ba
     assert torch.equal(fresh.weight, part.weight)
 
 
+class Clock:
+    """The time that a `Checkpointer` goes by, set by a test. Everything below it goes by the real one."""
+
+    now_s = 0.0
+
+    def monotonic(self):
+        return self.now_s
+
+
+def test_the_interval_of_saves_in_the_background_counts_from_their_beginning_and_not_from_their_end(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpointer, "time", clock := Clock())
+    storage, path = resolve(str(tmp_path))
+    slow = FaultyStorage(storage.inner, [Hang("open_sink")])
+    saver = Checkpointer(
+        {"part": Cloning()}, every_s=10, at_end=False, background=True, run=DirectoryRun(slow, path, path)
+    )
+    with saver:
+        for clock.now_s in (9.0, 10.0, 16.0):
+            saver.step()
+        slow.release()
+        saver.wait()
+        # Ten seconds after the beginning of the first, four after its end; and once more.
+        for clock.now_s in (19.0, 20.0, 21.0, 29.0, 30.0):
+            saver.step()
+            saver.wait()
+
+    assert steps_saved(tmp_path) == [2, 5, 8]
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_save_that_is_due_when_the_block_ends_is_made_also_without_one_at_the_end(tmp_path, asked):
     storage, path = resolve(str(tmp_path))
@@ -156,5 +191,4 @@ def test_a_save_that_is_due_when_the_block_ends_is_made_also_without_one_at_the_
             saver.request_save()
         slow.release()
 
-    steps = sorted(int(path.parent.name[12:22]) for path in tmp_path.glob("*/manifest.json"))
-    assert steps == ([4, 5] if asked else [2, 4])
+    assert steps_saved(tmp_path) == ([4, 5] if asked else [2, 4])

@@ -140,8 +140,11 @@ class Checkpointer:
                 self._background.leave()
             return
         self._check_world()
-        decision = self._agree(Reason.END | self._request_wish())
+        # Once before the wait, which a rank that trains on would not be in; and once after it: if the save in flight
+        # has failed, and is forgiven, a request that it was to serve still needs one.
+        self._agree(Reason.END)
         self.wait()
+        decision = self._agree(Reason.END | self._request_wish())
         is_due = self._at_end or self._postponed or bool(decision.reasons & Reason.REQUEST)
         # A run that trained nothing has nothing to save.
         if is_due and self.step_count not in (0, self._saved_step):

@@ -9,11 +9,12 @@ import torch
 
 from ray_stateful import Checkpointer, checkpoint, checkpointer
 from ray_stateful.background import BackgroundSaver
+from ray_stateful.format import layout
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.stopwatch import Stopwatch
 from ray_stateful.storage.uris import resolve
-from ray_stateful.testing import FaultyStorage, Hang
+from ray_stateful.testing import Fail, FaultyStorage, Hang
 
 
 def steps_saved(run):
@@ -192,3 +193,19 @@ def test_a_save_that_is_due_when_the_block_ends_is_made_also_without_one_at_the_
         slow.release()
 
     assert steps_saved(tmp_path) == ([4, 5] if asked else [2, 4])
+
+
+def test_a_requested_save_that_fails_in_the_background_as_the_block_ends_is_made_again(tmp_path):
+    storage, path = resolve(str(tmp_path))
+    faults = [Hang("open_sink"), Fail("write", path=layout.MANIFEST)]
+    faulty = FaultyStorage(storage.inner, faults)
+    saver = Checkpointer(
+        {"part": Cloning()}, at_end=False, background=True, soft_fail=1, run=DirectoryRun(faulty, path, path)
+    )
+    with saver:
+        saver.step()
+        saver.request_save()
+        saver.step()
+        faulty.release()
+
+    assert steps_saved(tmp_path) == [2]

@@ -90,14 +90,14 @@ class Checkpointer:
         limits: ReadLimits | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        for name, value, least in (
+        optional = (
             ("every_n_steps", every_n_steps, 1),
             ("every_s", every_s, 0),
             ("orphans_after_s", orphans_after_s, 0),
-            ("soft_fail", soft_fail, 0),
-            ("timeout_s", timeout_s, 0),
-        ):
-            if value is not None and value < least:
+        )
+        for name, value, least in (("soft_fail", soft_fail, 0), *(one for one in optional if one[1] is not None)):
+            # Not `value < least`, which is false for a NaN, too.
+            if value is None or not value >= least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         check_num_files(num_files)
         self.state = state

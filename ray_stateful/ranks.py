@@ -8,6 +8,7 @@ through; tensors never do.
 from __future__ import annotations
 
 import atexit
+import math
 import pickle
 import time
 import zlib
@@ -104,7 +105,14 @@ class Ranks:
 
         Collective on the first call for these two. TorchTrainer on GPUs makes a plain NCCL group, which has no
         object collectives on the CPU; and a background save would deadlock on a group shared with training.
+
+        Raises:
+            ValueError: `timeout_s` is no finite number above 0.
+            RankTimeout: a rank did not arrive to make the group.
         """
+        # torch takes 0, and a world of one takes anything; both would fail only when something is waited for.
+        if timeout_s is None or not 0 < timeout_s < math.inf:
+            raise ValueError(f"timeout_s is {timeout_s}; it must be a finite number of seconds above 0")
         over = world()
         if over is None:
             return cls(timeout_s=timeout_s)

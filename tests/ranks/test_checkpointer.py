@@ -1,6 +1,7 @@
 """When to save: one decision of all ranks."""
 
 import logging.handlers
+import math
 import os
 import subprocess
 import sys
@@ -250,7 +251,20 @@ def test_a_rank_that_is_done_while_others_go_on_is_an_error():
         decide([(4, int(Reason.END), 0, 0), (4, 0, 0, 0)])
 
 
-@pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"soft_fail": -1}, {"every_s": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"every_n_steps": 0},
+        {"soft_fail": -1},
+        {"soft_fail": None},
+        {"every_s": -1.0},
+        {"every_s": math.nan},
+        {"timeout_s": None},
+        {"timeout_s": 0.0},
+        {"timeout_s": math.nan},
+        {"timeout_s": math.inf},
+    ],
+)
 def test_a_setting_that_makes_no_sense_is_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Checkpointer({"counter": Counter()}, run=str(tmp_path), **wrong)

@@ -6,15 +6,17 @@ A checkpoint that turns out to be damaged is rejected by all ranks together.
 from __future__ import annotations
 
 import logging
+import os
 import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ray_stateful import ray_train
 from ray_stateful.errors import CheckpointError, RankFailed
 from ray_stateful.format import layout
 from ray_stateful.ranks import Failure, Outcome, Ranks
-from ray_stateful.runs import DirectoryRun, Run
+from ray_stateful.runs import DirectoryRun, Run, within
 from ray_stateful.storage import opening
 from ray_stateful.storage.uris import located
 
@@ -40,17 +42,23 @@ def agree(phase: str, failures: Mapping[int, Failure]) -> None:
     raise RankFailed(f"{phase} the checkpoint", {rank: failure.text for rank, failure in failures.items()})
 
 
-def find(run: Run, checkpoint: Any) -> tuple[Run, str | None]:
-    """The run and the name of `checkpoint`; `run` and `None` if `checkpoint` is `None`. Local.
+def find(run: Run | str | os.PathLike[str] | None, checkpoint: Any, timeout_s: float) -> tuple[Run, Run, str | None]:
+    """The run that is restored; the run to look in; and the name of `checkpoint` there, `None` for the newest. Local.
+
+    A checkpoint that is not called by its name alone may be anywhere. Then a `run` is only what metrics are of, and
+    outside of Ray none need be given: that of the directory the checkpoint is in does as well.
 
     Raises:
-        OSError, ValueError: its storage can't be reached, or is of an unknown kind.
+        OSError, ValueError: its storage can't be reached, or is of an unknown kind; or there is no run to look in.
     """
     if checkpoint is None or layout.parse_name(str(checkpoint)) is not None:
-        return run, None if checkpoint is None else str(checkpoint)
+        found = within(ray_train.find_run(run), timeout_s)
+        return found, found, None if checkpoint is None else str(checkpoint)
     storage, path = located(checkpoint)
     directory, name = posixpath.split(path.rstrip("/"))
-    return DirectoryRun(storage, directory, directory), name
+    there = DirectoryRun(storage, directory, directory)
+    run = run if run is not None else ray_train.current_run() or there
+    return within(ray_train.find_run(run), timeout_s), there, name
 
 
 @dataclass(frozen=True, slots=True)

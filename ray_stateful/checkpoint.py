@@ -50,7 +50,7 @@ from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Failure, Outcome, Ranks, current_rank
 from ray_stateful.ray_meters import Sample
 from ray_stateful.report import ResumeReport, SaveReport
-from ray_stateful.runs import Run, within
+from ray_stateful.runs import Run
 from ray_stateful.stopwatch import Stopwatch
 from ray_stateful.storage import commit
 from ray_stateful.storage.assignment import deal, leave, left_out, without
@@ -377,7 +377,8 @@ def restore(
             package or of stock DCP. Only models load them: all other parts stay as they are, and the run is at step 0.
             Floating-point tensors are cast to the model's dtype. `ModelState(skip_task_head_prefixes=...)` says which
             heads the weights lack.
-        run: Where to look: a directory or URI. By default the Ray Train run this worker belongs to.
+        run: Where to look: a directory or URI. By default the Ray Train run this worker belongs to. Not needed if
+            `checkpoint` is a URI, a path or a `ray.train.Checkpoint`.
         limits: How much is read at a time.
         timeout_s: How long this rank waits for the others in any one step.
 
@@ -407,8 +408,7 @@ def restore(
         parts.check(state)
         if initial is not None:
             initial_weights.check(state, checkpoint)
-        run = within(ray_train.find_run(run), timeout_s)
-        source, name = candidates.find(run, checkpoint)
+        run, source, name = candidates.find(run, checkpoint, timeout_s)
         digests = [initial_weights.digest(initial), initial_weights.digest(checkpoint)]
     ranks = Ranks.of_world(timeout_s)
     everyone = parts.share_names(ranks, "compare parts", state, outcome, digests)

@@ -236,6 +236,19 @@ def test_a_run_without_checkpoints_restores_nothing(tmp_path):
     assert part.value == "as it was"
 
 
+def test_a_checkpoint_that_is_named_by_its_place_needs_no_run_and_one_called_by_its_name_alone_does(tmp_path):
+    saved = checkpoint.save({"thing": Part({"t": torch.ones(3)})}, step=1, run=str(tmp_path))
+    for place in (saved.uri, Path(saved.uri), Path(saved.uri).as_uri()):
+        fresh = Part()
+        report = checkpoint.restore({"thing": fresh}, checkpoint=place)
+        assert (report.checkpoint, report.step) == (saved.name, 1)
+        assert torch.equal(fresh.value["t"], torch.ones(3))
+
+    for named in (None, saved.name):
+        with pytest.raises(ValueError, match="run is None"):
+            checkpoint.restore({"thing": Part()}, checkpoint=named)
+
+
 @alone
 def test_stock_dcp_loads_what_we_saved(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": {"c": torch.randn(2).bfloat16(), "n": 5}}

@@ -56,7 +56,7 @@ def find(run: Run | str | os.PathLike[str] | None, checkpoint: Any, timeout_s: f
         return found, found, None if checkpoint is None else str(checkpoint)
     storage, path = located(checkpoint)
     directory, name = posixpath.split(path.rstrip("/"))
-    there = DirectoryRun(storage, directory, directory)
+    there = within(DirectoryRun(storage, directory, directory), timeout_s)
     run = run if run is not None else ray_train.current_run() or there
     return within(ray_train.find_run(run), timeout_s), there, name
 

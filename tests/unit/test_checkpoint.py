@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ray_stateful import checkpoint, listing
+from ray_stateful import candidates, checkpoint, listing
 from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed, StateMismatch, UnsupportedState
 from ray_stateful.format import layout
 from ray_stateful.runs import DirectoryRun
@@ -22,6 +22,7 @@ from ray_stateful.stateful_wrappers import ModelState
 from ray_stateful.states.loader import LoaderState
 from ray_stateful.storage import commit
 from ray_stateful.storage.reader import CheckpointReader
+from ray_stateful.storage.retries import RetryPolicy
 from ray_stateful.storage.uris import resolve
 from ray_stateful.storage.writer import CheckpointWriter
 from ray_stateful.testing import Fail, FaultyStorage, Hang
@@ -247,6 +248,14 @@ def test_a_checkpoint_that_is_named_by_its_place_needs_no_run_and_one_called_by_
     for named in (None, saved.name):
         with pytest.raises(ValueError, match="run is None"):
             checkpoint.restore({"thing": Part()}, checkpoint=named)
+
+
+def test_storage_gives_up_before_ranks_do_also_where_a_checkpoint_is_named_by_its_place(tmp_path):
+    run, of_run, _ = candidates.find(str(tmp_path), None, 20.0)
+    _, named, _ = candidates.find(None, str(tmp_path / "elsewhere"), 20.0)
+
+    assert run is of_run
+    assert named.storage.policy == of_run.storage.policy == RetryPolicy().within(20.0)
 
 
 @alone

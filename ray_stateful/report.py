@@ -53,7 +53,8 @@ class ResumeReport:
     def steps_lost(self) -> int:
         """Optimizer steps between this checkpoint and the newest one that could not be used."""
         names = filter(None, map(layout.parse_name, self.rejected))
-        return max((name.step - self.step for name in names), default=0)
+        # Never below 0: after going back on purpose, a checkpoint that was reported later may be of an earlier step.
+        return max([0, *(name.step - self.step for name in names)])
 
     def as_fields(self) -> dict[str, Any]:
         """The report as plain JSON values, for logs that machines read."""
@@ -79,7 +80,7 @@ class ResumeReport:
     def __str__(self) -> str:
         now = "" if self.saved_world_size == self.world_size else f", now {self.world_size}"
         # A checkpoint that stock tools wrote does not record steps and workers.
-        by = f"step {self.step:,}; written by {_workers(self.saved_world_size)}{now}"
+        by = f"step {self.step:,}; written by {_counted(self.saved_world_size, 'worker')}{now}"
         unverified = "unverified: it has no checksums"
         lines = [f"resumed {self.checkpoint} ({by if self.verified else f'not ours; {unverified}'})"]
         if self.initial:
@@ -87,7 +88,7 @@ class ResumeReport:
             lines = [f"began from {self.checkpoint} (initial weights; step 0{checked})"]
         lines += [f"  not {name}: {why}" for name, why in self.rejected.items()]
         if self.steps_lost:
-            lines.append(f"  that costs {self.steps_lost:,} steps, which will be trained again")
+            lines.append(f"  that costs {_counted(self.steps_lost, 'step')}, which will be trained again")
         lines += [str(part) for part in self.parts]
         lines += [f"  {note}" for note in self.notes]
         return printable("\n".join(lines))
@@ -143,5 +144,5 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.2f} TB"
 
 
-def _workers(number: int) -> str:
-    return "1 worker" if number == 1 else f"{number} workers"
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -379,7 +379,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_older_one_and_says_so(tmp_path):
     assert restored.step == 1
     assert torch.equal(fresh.value["t"], torch.full((5000,), 1.0))
     assert item.name in str(restored)
-    assert "that costs 1 steps" in str(restored)
+    assert "that costs 1 step, which" in str(restored)
 
 
 def saved_twice(tmp_path, monkeypatch):

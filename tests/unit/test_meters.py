@@ -156,6 +156,17 @@ def test_a_restore_adds_what_it_read_and_what_it_could_not_use():
     }
 
 
+def test_a_damaged_checkpoint_of_an_earlier_step_costs_no_steps_and_never_less_than_none():
+    later, earlier = "checkpoint_s0000000021_bbbbbb", "checkpoint_s0000000005_bbbbbb"
+    of_one = dataclasses.replace(resumed(), rejected={later: "damaged", earlier: "damaged"})
+    went_back = dataclasses.replace(resumed(), rejected={earlier: "damaged"})
+
+    assert (of_one.steps_lost, went_back.steps_lost) == (1, 0)
+    assert "costs 1 step, " in str(of_one)
+    assert "costs" not in str(went_back)
+    assert "costs 20 steps, " in str(resumed())
+
+
 def test_initial_weights_are_no_commit_of_this_run():
     began = dataclasses.replace(resumed(), initial=True, rejected={}, step=0)
 

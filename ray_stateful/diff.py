@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,11 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """All that differs; `num_equal` entries are equal bit for bit."""
+    """All that differs; `num_equal` entries are equal bit for bit.
+
+    A dict or list without tensors is named, too, if it differs and no entry in it does: it is empty, or its keys have
+    another order, or are ints where the other has text.
+    """
 
     only_in_first: tuple[str, ...]
     only_in_second: tuple[str, ...]
@@ -88,12 +92,17 @@ def diff(
         if progress is not None:
             progress(a.tensor.numel() * a.tensor.element_size())
     differing = tuple(running.result(key) for key, running in found.items() if running.num_different)
+    changed = tuple(Changed(key=k, first=a, second=b) for k, (a, b) in described.items() if a != b)
+    only_in_first = first.chunks.keys() - second.chunks.keys()
+    only_in_second = second.chunks.keys() - first.chunks.keys()
+    told = {*only_in_first, *only_in_second, *different_values, *(one.key for one in changed)}
+    trees = _different_trees(first, second, told)
     return Difference(
-        only_in_first=tuple(sorted(first.chunks.keys() - second.chunks.keys())),
-        only_in_second=tuple(sorted(second.chunks.keys() - first.chunks.keys())),
-        changed=tuple(Changed(key=k, first=a, second=b) for k, (a, b) in described.items() if a != b),
+        only_in_first=tuple(sorted(only_in_first | trees - second.trees.keys())),
+        only_in_second=tuple(sorted(only_in_second | trees - first.trees.keys())),
+        changed=changed,
         tensors=differing,
-        values=different_values,
+        values=tuple(sorted((*different_values, *trees & first.trees.keys() & second.trees.keys()))),
         num_equal=len(same) - len(differing) - len(different_values),
     )
 
@@ -131,6 +140,27 @@ class _Running:
             max_absolute=self._absolute,
             max_relative=self._relative,
         )
+
+
+def _different_trees(first: OpenCheckpoint, second: OpenCheckpoint, told: Set[str]) -> set[str]:
+    """The keys of containers without tensors that differ although no entry below them does.
+
+    Args:
+        told: Keys of entries that are known to differ; containers above them are left out, or each would be told twice.
+    """
+    # Stock tools record no containers: whether those of a foreign checkpoint are the same, nobody knows.
+    if first.manifest is None or second.manifest is None:
+        return set()
+    paths = [opened.chunks[key][0].path for opened in (first, second) for key in told & opened.chunks.keys()]
+    # As text: the path of an entry has "1" where that of a container has the int.
+    above = {tuple(map(str, path[:length])) for path in paths for length in range(len(path))}
+    rows = {**second.trees, **first.trees}
+    return {
+        key
+        for key in rows
+        if (key not in first.trees or key not in second.trees or first.trees[key].value != second.trees[key].value)
+        and tuple(map(str, rows[key].path)) not in above
+    }
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -263,6 +263,24 @@ def test_diff_finds_the_largest_difference_and_nothing_between_a_checkpoint_and_
     assert by_key["model.layers.0.weight"]["max_absolute"] is None
 
 
+def test_diff_names_a_container_that_differs_where_no_entry_in_it_does_and_no_container_twice(tmp_path):
+    common = {"t": torch.ones(2), "same": {1: ["a"]}}
+    first = save(tmp_path, 1, {**common, "by": {1: "a", 2: {3: 4}}, "empty": {}, "at": {"x": 1}, "gone": {"y": 2}})
+    second = save(tmp_path, 1, {**common, "by": {"1": "a", 2: {3: 4}}, "at": {"x": 2}})
+
+    result = run_json("diff", first, second, exit_code=1)
+
+    assert result["values"] == ["model.at.x", "model.by"]
+    assert result["only_in_first"] == ["model.empty", "model.gone.y"]
+    assert (result["only_in_second"], result["changed"], result["equal"]) == ([], [], False)
+    assert run_json("diff", second, first, exit_code=1)["only_in_second"] == result["only_in_first"]
+    assert "model.by: " in run("diff", first, second).stdout
+
+    # A plain DCP directory has no containers to compare.
+    assert run("export", first, tmp_path / "dcp", "--format", "dcp").exit_code == 0
+    assert run_json("diff", first, tmp_path / "dcp")["equal"]
+
+
 def test_diff_in_small_slabs_is_the_same_across_shardings(tmp_path, monkeypatch):
     from ray_stateful import slabs
 

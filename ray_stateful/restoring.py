@@ -290,7 +290,8 @@ def _describe(part: Any) -> str:
 def _load(part: Any, value: Any, world: World) -> str:
     """Hand a part its value. Returns what its `resize` returned; an empty string if that was not called."""
     if isinstance(value, EveryRank):
-        return str(part.resize(value, world))
+        # A foreign checkpoint does not say by how many ranks it was written; this part does.
+        return str(part.resize(value, replace(world, saved_world_size=len(value))))
     part.load_state_dict(value)
     return ""
 

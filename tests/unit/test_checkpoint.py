@@ -19,7 +19,8 @@ from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed, Stat
 from ray_stateful.format import layout
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.stateful_wrappers import ModelState
-from ray_stateful.states.loader import LoaderState
+from ray_stateful.states.loader import LoaderState, Merge
+from ray_stateful.states.part import World
 from ray_stateful.storage import commit
 from ray_stateful.storage.reader import CheckpointReader
 from ray_stateful.storage.retries import RetryPolicy
@@ -285,6 +286,24 @@ def test_we_load_what_stock_dcp_saved_and_say_that_it_is_unverified(tmp_path):
     # Nobody knows how many workers wrote it, and at which step.
     assert "written by" not in str(report)
     assert "step" not in str(report)
+
+
+@alone
+def test_a_rule_for_other_numbers_of_workers_is_told_how_many_saved_also_of_a_plain_dcp_directory(tmp_path):
+    positions = {f"rank_{rank}": {"loader": {"pos": 10 + rank}} for rank in range(3)}
+    dcp.save({"loader": positions}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    worlds = []
+
+    def furthest(saved, world):
+        worlds.append(world)
+        return max(saved.values(), key=lambda position: position["pos"])
+
+    loader = Part({"pos": 0})
+    report = checkpoint.restore({"loader": LoaderState(loader, on_resize=Merge(furthest))}, checkpoint=tmp_path / "dcp")
+
+    assert loader.value == {"pos": 12}
+    assert worlds == [World(saved_world_size=3, world_size=1, rank=0, step=0)]
+    assert "3 positions saved, 1 workers: merged by furthest" in str(report)
 
 
 @alone

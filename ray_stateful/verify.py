@@ -76,10 +76,10 @@ def verify(storage: Storage, path: str, *, full: bool = False, progress: Progres
     except DamagedCheckpoint as error:
         finding = Finding(file=layout.MANIFEST, problem=error.found)
         return Verification(path=path, full=full, findings=(finding,), num_files=1, num_bytes=0)
-    findings = _size_findings(manifest, sizes)
+    findings = [*_name_findings(path, manifest), *_size_findings(manifest, sizes)]
     absent = {finding.file for finding in findings}
     rows: list[StoredChunk] = []
-    if layout.INDEX not in absent:
+    if not absent & {layout.MANIFEST, layout.INDEX}:
         try:
             opened = opening.parse(opening.fetch_description(storage, path))
             rows = rows_of(opened)
@@ -103,6 +103,14 @@ def verify(storage: Storage, path: str, *, full: bool = False, progress: Progres
 def rows_of(opened: OpenCheckpoint) -> list[StoredChunk]:
     """Every stored chunk that has bytes in a file."""
     return [chunk for chunks in opened.chunks.values() for chunk in chunks]
+
+
+def _name_findings(path: str, manifest: Manifest) -> list[Finding]:
+    try:
+        opening.check_name(path, manifest)
+    except DamagedCheckpoint as error:
+        return [Finding(file=layout.MANIFEST, problem=error.found)]
+    return []
 
 
 def _size_findings(manifest: Manifest, sizes: Mapping[str, int]) -> list[Finding]:
@@ -142,16 +150,12 @@ def _verify_contents(
         by_file[row.file].append(row)
     stopped = threading.Event()
     with ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="checkpoint-verify") as pool:
-        jobs = {
-            name: pool.submit(
-                _verify_file,
-                _Reader(storage, posixpath.join(path, name), file.size, progress, stopped),
-                name,
-                file,
-                rows,
-            )
+        readers = {
+            name: _Reader(storage, posixpath.join(path, name), file.size, progress, stopped)
             for name, file in files.items()
-            for rows in [by_file[name]]
+        }
+        jobs = {
+            name: pool.submit(_verify_file, readers[name], name, file, by_file[name]) for name, file in files.items()
         }
         try:
             findings = [finding for _, job in sorted(jobs.items()) for finding in job.result()]
@@ -160,7 +164,7 @@ def _verify_contents(
             stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return findings, sum(file.size for file in files.values())
+    return findings, sum(reader.num_bytes for reader in readers.values())
 
 
 def _verify_file(reader: _Reader, name: str, file: StoredFile, rows: list[StoredChunk]) -> list[Finding]:
@@ -204,14 +208,14 @@ def _bad_blocks(reader: _Reader, name: str, row: StoredChunk) -> list[Finding]:
 class _Reader:
     """Reads a file from front to back in large requests, however small the pieces that are taken.
 
-    Makes no request once `stopped` is set.
+    `num_bytes` were read; `offset` is the end of those that were taken. Makes no request once `stopped` is set.
     """
 
     def __init__(
         self, storage: Storage, where: str, size: int, progress: Progress | None, stopped: threading.Event
     ) -> None:
         self.checksum = RunningChecksum()
-        self.offset = 0
+        self.offset = self.num_bytes = 0
         self._storage, self._where, self._size, self._progress = storage, where, size, progress
         self._stopped = stopped
         self._data = memoryview(b"")
@@ -224,6 +228,7 @@ class _Reader:
             begin = self.offset + len(self._data)
             more = self._storage.read(self._where, begin, min(PART_BYTES, self._size - begin))
             self.checksum.update(more)
+            self.num_bytes += len(more)
             if self._progress is not None:
                 self._progress(len(more))
             self._data = memoryview(bytes(self._data) + more)

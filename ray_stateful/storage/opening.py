@@ -112,7 +112,7 @@ def fetch(storage: Storage, path: str) -> RawCheckpoint:
         if sizes.get(name) != file.size:
             found = f"has {sizes[name]:,} bytes" if name in sizes else "is missing"
             raise DamagedCheckpoint(posixpath.join(path, name), f"{found}; {file.size:,} were written")
-    _check_name(path, manifest)
+    check_name(path, manifest)
     check_index_size(path, sizes[layout.INDEX])
     index_bytes = _whole(storage, path, layout.INDEX, starts[layout.INDEX].result())
     return RawCheckpoint(path=path, sizes=sizes, manifest=data, index=index_bytes)
@@ -132,7 +132,7 @@ def fetch_description(storage: Storage, path: str) -> RawCheckpoint:
     except FileNotFoundError:
         return fetch(storage, path)
     manifest = Manifest.from_json(data, posixpath.join(path, layout.MANIFEST))
-    _check_name(path, manifest)
+    check_name(path, manifest)
     sizes = manifest.sizes
     check_index_size(path, sizes[layout.INDEX])
     # At most this size, however long the file is: the size is only what the manifest claims.
@@ -237,8 +237,12 @@ def _check_apart(path: str, rows: list[StoredChunk]) -> None:
             raise HostileCheckpoint(path, f"items of {file!r} overlap at byte {next_offset:,}")
 
 
-def _check_name(path: str, manifest: Manifest) -> None:
-    """Refuse a checkpoint under the name of a different one: its files fit together, but the step is wrong."""
+def check_name(path: str, manifest: Manifest) -> None:
+    """Refuse a checkpoint under the name of a different one: its files fit together, but the step is wrong.
+
+    Raises:
+        DamagedCheckpoint: the name of directory `path` has another step or attempt than `manifest`.
+    """
     name = layout.parse_name(posixpath.basename(path))
     if name is not None and manifest.attempt and (name.step, name.attempt) != (manifest.step, manifest.attempt):
         raise DamagedCheckpoint(path, f"holds another checkpoint: step {manifest.step}, attempt {manifest.attempt!r}")

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 
 from attacks.corpus import Workshop
-from ray_stateful import checkpoint, listing, restore_cost
+from ray_stateful import checkpoint, listing, restore_cost, verify
 from ray_stateful.cli import tree
 from ray_stateful.cli.explain import explain
 from ray_stateful.cli.main import main
@@ -26,7 +26,7 @@ from ray_stateful.format import layout
 from ray_stateful.storage import opening
 from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.uris import resolve
-from ray_stateful.testing import Fail, FaultyStorage, run_ranks
+from ray_stateful.testing import Fail, FaultyStorage, Truncate, run_ranks
 from tests.part import Part
 
 pytestmark = pytest.mark.filterwarnings(
@@ -197,6 +197,32 @@ def test_verify_finds_every_kind_of_damage(tmp_path, damage):
     result = run_json("verify", path, "--full", exit_code=1)
 
     assert file in {finding["file"] for finding in result["findings"]}
+
+
+@pytest.mark.parametrize(
+    ("fault", "num_read"),
+    [
+        (Truncate("read", path="__0_0", keep_bytes=100), 100),
+        (Fail("read", path="__0_0", error=FileNotFoundError("gone by now")), 0),
+    ],
+)
+def test_verify_counts_the_bytes_that_it_read_and_not_those_that_it_could_not(tmp_path, fault, num_read):
+    storage, path = resolve(save(tmp_path, 3))
+    sizes = storage.sizes(path)
+
+    found = verify.verify(FaultyStorage(storage.inner, [fault]), path, full=True)
+
+    (finding,) = found.findings
+    assert found.num_bytes == sum(sizes.values()) - sizes[layout.MANIFEST] - sizes[finding.file] + num_read
+
+
+def test_verify_says_of_the_manifest_that_a_directory_holds_another_checkpoint(tmp_path):
+    path = Path(save(tmp_path, 3))
+    (finding,) = run_json(
+        "verify", path.rename(path.with_name("checkpoint_s0000000009_aaaaaa")), "--full", exit_code=1
+    )["findings"]
+
+    assert (finding["file"], finding["problem"].partition(":")[0]) == (layout.MANIFEST, "holds another checkpoint")
 
 
 def test_verify_says_that_an_uncommitted_checkpoint_is_one_and_that_a_foreign_one_has_no_checksums(tmp_path):

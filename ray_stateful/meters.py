@@ -24,7 +24,7 @@ SAVE_SECONDS = Meter(
     name="stateful_save_seconds",
     kind="histogram",
     unit="seconds",
-    help="From the beginning of a save to its report.",
+    help="From the beginning of a save to its commit.",
     boundaries=_SECONDS,
 )
 # A counter, because the sums of Ray's histograms are only approximate.

@@ -25,7 +25,7 @@ class PartReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeReport:
-    """What was restored, and how. The same on every rank.
+    """What was restored, and how. The same on every rank, but for `seconds` and, in a pipeline, `details`.
 
     `step` counts the optimizer steps completed when the checkpoint was saved, `samples` the samples trained. With
     `initial` both are 0: nothing was resumed, the models began from the weights at the path or URI `checkpoint`.

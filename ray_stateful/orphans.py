@@ -11,7 +11,7 @@ import logging
 import os
 import posixpath
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from ray_stateful.errors import CheckpointError, StorageError
 from ray_stateful.format import layout
 from ray_stateful.runs import Run
 from ray_stateful.storage.base import Storage
+from ray_stateful.storage.uris import filesystem_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,8 @@ def newest_change(storage: Storage, path: str) -> float | None:
 
     Includes temporary files that are still being written, which a listing of the checkpoint does not show.
     """
-    # `RetryingStorage` wraps the storage that has the filesystem.
-    inner = getattr(storage, "inner", storage)
-    filesystem = getattr(inner, "filesystem", None)
-    if not isinstance(filesystem, pyarrow.fs.FileSystem):
+    filesystem = filesystem_of(storage)
+    if filesystem is None:
         return None
     try:
         infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True))
@@ -63,7 +62,6 @@ def find(
     run: Run,
     *,
     older_than_s: float = DEFAULT_AGE_S,
-    live: Set[str] = frozenset(),
     now_s: float | None = None,
     changed: NewestChange = newest_change,
 ) -> list[Orphan]:
@@ -71,7 +69,6 @@ def find(
 
     Args:
         older_than_s: Seconds since anything in the directory last changed; a younger directory stays.
-        live: Names of checkpoints that are being written at this moment.
         changed: Tells when anything in a directory last changed; a directory of unknown age (`None`) stays.
 
     Raises:
@@ -83,7 +80,7 @@ def find(
     found = []
     # The newest directory stays, whatever is in it: it may belong to a save that is still running.
     for name in map(str, names[:-1]):
-        if name in tracked or name in live:
+        if name in tracked:
             continue
         path = posixpath.join(run.path, name)
         sizes = run.storage.sizes(path)
@@ -116,7 +113,7 @@ def _is_left_by_a_save(storage: Storage, path: str, sizes: Mapping[str, int]) ->
 
 def _has_other_than_files(storage: Storage, path: str) -> bool:
     """Whether a directory on this machine has links, pipes or the like in it, which a listing of files leaves out."""
-    if not isinstance(getattr(getattr(storage, "inner", storage), "filesystem", None), pyarrow.fs.LocalFileSystem):
+    if not isinstance(filesystem_of(storage), pyarrow.fs.LocalFileSystem):
         return False
     with suppress(FileNotFoundError), os.scandir(path) as entries:
         return any(not entry.is_file(follow_symlinks=False) for entry in entries)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.fs
 
+from ray_stateful.storage.base import Storage
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.retries import RetryingStorage
 
@@ -89,6 +90,12 @@ def located(place: Any) -> tuple[RetryingStorage, str]:
     if hasattr(place, "filesystem") and hasattr(place, "path"):
         return RetryingStorage(PyarrowStorage(with_timeouts(place.filesystem))), str(place.path)
     return resolve(os.fspath(place))
+
+
+def filesystem_of(storage: Storage) -> pyarrow.fs.FileSystem | None:
+    """The filesystem below `storage`, or below the storage that it wraps; `None` for a storage of another kind."""
+    filesystem = getattr(getattr(storage, "inner", storage), "filesystem", None)
+    return filesystem if isinstance(filesystem, pyarrow.fs.FileSystem) else None
 
 
 def with_timeouts(filesystem: pyarrow.fs.FileSystem) -> pyarrow.fs.FileSystem:

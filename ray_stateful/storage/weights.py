@@ -24,6 +24,7 @@ from ray_stateful.storage import opening
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.opening import OpenCheckpoint, RawCheckpoint
 from ray_stateful.storage.reading import read_exactly
+from ray_stateful.storage.uris import filesystem_of
 
 # A header takes two small reads, one after the other; a large model has a hundred files.
 _NUM_THREADS = 16
@@ -124,7 +125,7 @@ def below(opened: OpenCheckpoint, part: str) -> OpenCheckpoint:
 def _sizes(storage: Storage, path: str) -> dict[str, int]:
     """The sizes of a directory's files, including weights behind links, as in the cache of Hugging Face."""
     sizes = dict(storage.sizes(path))
-    filesystem = getattr(getattr(storage, "inner", storage), "filesystem", None)
+    filesystem = filesystem_of(storage)
     if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
         with suppress(NotADirectoryError):
             for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True)):

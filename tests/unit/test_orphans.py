@@ -115,12 +115,6 @@ def test_the_age_is_the_users_to_choose(tmp_path):
     assert young not in names(tmp_path)
 
 
-def test_an_attempt_that_is_known_to_live_is_left_alone(tmp_path):
-    name = make(tmp_path, 1)
-    make(tmp_path, 2, committed=True)
-    assert orphans.find(open_run(str(tmp_path)), live={name}) == []
-
-
 def test_a_directory_of_unknown_age_is_left_alone(tmp_path):
     make(tmp_path, 1)
     make(tmp_path, 2, committed=True)

@@ -12,16 +12,14 @@ from typing import Any, cast
 import torch
 from typing_extensions import Buffer
 
-from ray_stateful import slabs
+from ray_stateful import parts, slabs
 from ray_stateful.export import Exported, weight_of
-from ray_stateful.format import values
 from ray_stateful.format.chunks import span_of
 from ray_stateful.format.hf_layout import Weight
 from ray_stateful.storage.base import Sink, Storage
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.reader import value_of
 from ray_stateful.storage.retries import write_file
-from ray_stateful.storage.structure import put
 
 # Bytes per call to storage: `torch.save` writes a tensor in one call, which would have to meet one deadline.
 _PART_BYTES = 8 << 20
@@ -58,27 +56,10 @@ def to_torch(
             if progress is not None:
                 progress(slab.tensor.numel() * slab.tensor.element_size())
         found = {key: value_of(storage, opened.path, chunks[0]) for key, chunks in chosen.items() if key not in tensors}
-        nested = _nest(opened, {**mapped, **found}, part)
+        nested = parts.nest(opened, () if part is None else (part,), {**mapped, **found})
         write_file(out_storage, out, lambda sink: torch.save(nested, cast(Any, _File(sink))))
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in mapped.values())
     return Exported(files=(name,), num_tensors=len(tensors), num_bytes=num_bytes, left_out={})
-
-
-def _nest(opened: OpenCheckpoint, leaves: Mapping[str, Any], part: str | None) -> Any:
-    """The nested state whose entries are `leaves`, by key; only that of `part`, if one is given."""
-    prefix = () if part is None else (part,)
-    nested: Any = {}
-    trees = {row.path: row for row in opened.trees.values() if row.path[: len(prefix)] == prefix}
-    below = {tuple(map(str, path)) for path in trees}
-    for path, row in trees.items():
-        nested = put(nested, path[len(prefix) :], values.decode(row.value or "", f"{opened.path}: {row.key!r}"))
-    # Sorted so that positions of a list are put in their order.
-    for key in sorted(leaves, key=lambda key: [(isinstance(s, str), s) for s in opened.chunks[key][0].path]):
-        path = opened.chunks[key][0].path
-        text = tuple(map(str, path))
-        if not any(text[:length] in below for length in range(len(text) + 1)):
-            nested = put(nested, path[len(prefix) :], leaves[key])
-    return nested
 
 
 class _File:

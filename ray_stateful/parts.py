@@ -124,25 +124,28 @@ def rebuild(
     Returns:
         The nested value, and its tensors by flat key.
     """
-    nested: Any = None
-    tensors: dict[str, torch.Tensor] = {}
+    rows = [row for row in opened.first_rows() if row.path[: len(prefix)] == prefix]
+    tensors = {row.key: _place(row, places.get(row.key)) for row in rows if row.dtype is not None}
+    whole = {row.path[len(prefix) :] for row in rows if row.dtype is None}
+    return _in_order_of(template, nest(opened, prefix, {**stored, **tensors}), whole, ()), tensors
+
+
+def nest(opened: OpenCheckpoint, prefix: KeyPath, leaves: Mapping[str, Any]) -> Any:
+    """The nested value under `prefix`; that of the whole state, which is a dict, if `prefix` is empty.
+
+    Args:
+        leaves: The values of all entries under `prefix`, by flat key.
+    """
+    nested: Any = None if prefix else {}
     trees = {row.path: row for row in opened.trees.values() if row.path[: len(prefix)] == prefix}
     # Compared as text: DCP's own paths have "1" where the tree has the int.
     below = {tuple(map(str, path)) for path in trees}
-    whole = {path[len(prefix) :] for path in trees}
     for path, row in trees.items():
         nested = put(nested, path[len(prefix) :], tree_value(opened, row))
-    for key, chunks in sorted(opened.chunks.items(), key=lambda entry: _order(entry[1][0].path)):
-        path = chunks[0].path
-        if path[: len(prefix)] != prefix or _is_below(path, below):
-            continue
-        if chunks[0].dtype is None:
-            nested = put(nested, path[len(prefix) :], stored[key])
-            whole.add(path[len(prefix) :])
-            continue
-        tensors[key] = _place(chunks[0], places.get(key))
-        nested = put(nested, path[len(prefix) :], tensors[key])
-    return _in_order_of(template, nested, whole, ()), tensors
+    for path, key in sorted(((opened.chunks[key][0].path, key) for key in leaves), key=lambda entry: _order(entry[0])):
+        if not _is_below(path, below):
+            nested = put(nested, path[len(prefix) :], leaves[key])
+    return nested
 
 
 def tree_value(opened: OpenCheckpoint, row: StoredChunk) -> Any:

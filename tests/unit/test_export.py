@@ -213,6 +213,16 @@ def test_torch_load_gives_back_the_whole_nested_state_or_one_part(tmp_path):
     assert model["a.weight"].untyped_storage().nbytes() == 6 * 5 * 4
 
 
+def test_torch_load_gives_back_a_part_that_is_a_list(tmp_path):
+    uri = save(tmp_path / "run", {"weight": torch.ones(2)}, history=Part([torch.ones(2), {1: "one"}]))
+
+    run("export", uri, tmp_path / "history.pt", "--format", "torch", "--part", "history")
+
+    weight, rest = torch.load(tmp_path / "history.pt", weights_only=True)
+    assert torch.equal(weight, torch.ones(2))
+    assert rest == {1: "one"}
+
+
 @pytest.mark.parametrize("part", [None, "model"])
 def test_stock_dcp_loads_an_exported_directory(tmp_path, part):
     uri = save(tmp_path / "run", every_dtype(), optimizer=Part({"moment": torch.ones(3)}))

@@ -135,11 +135,11 @@ def delete(
         if layout.parse_name(orphan.name) is None:
             kept[orphan.name] = "not the name of a checkpoint"
         elif orphan.name in tracked:
-            kept[orphan.name] = "Ray counts it by now"
+            kept[orphan.name] = "Ray counts it now"
         elif layout.MANIFEST in (sizes := run.storage.sizes(path)):
             kept[orphan.name] = "was committed meanwhile"
         elif not _is_left_by_a_save(run.storage, path, sizes):
-            kept[orphan.name] = "has in it what no save writes"
+            kept[orphan.name] = "contains something that no save writes"
         elif changed(run.storage, path) != orphan.changed_s:
             kept[orphan.name] = "somebody is writing to it"
         else:
@@ -157,9 +157,9 @@ def collect(run: Run, older_than_s: float = DEFAULT_AGE_S) -> None:
     try:
         deleted, kept = delete(run, find(run, older_than_s=older_than_s))
     except (CheckpointError, OSError) as error:
-        logger.warning("orphans of run %s stay where they are: %s", run.uri, error)
+        logger.warning("orphans of run %s were not deleted: %s", run.uri, error)
         return
     for orphan in deleted:
         logger.info("deleted %s: never committed, %d files, %d bytes", orphan.name, orphan.num_files, orphan.num_bytes)
     for name, why in kept.items():
-        logger.info("orphan %s stays: %s", name, why)
+        logger.info("orphan %s was kept: %s", name, why)

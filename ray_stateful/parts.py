@@ -97,7 +97,7 @@ def refuse_different(state: State, digests: Sequence[int]) -> None:
     if others:
         raise UnsupportedState(
             "the state",
-            f"a dict whose parts (here {', '.join(sorted(state))}) are others on rank 0 than on ranks {others}",
+            f"a dict whose part names (here {', '.join(sorted(state))}) differ between rank 0 and ranks {others}",
             "give every rank the same names",
         )
 

@@ -65,7 +65,9 @@ class _Guard:
 
     def __init__(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         if timeout_s <= 0:
-            raise ValueError(f"timeout_s is {timeout_s}; it is the seconds that a resize may be put off for, above 0")
+            raise ValueError(
+                f"timeout_s is {timeout_s}; it must be above 0: the seconds by which a resize may be delayed"
+            )
         self.timeout_s = timeout_s
         self._group: Any = None
         self._failed = False
@@ -102,7 +104,7 @@ class _Guard:
         except Exception:  # whatever it is, a resize that costs some steps is better than no run
             logger.warning("saving before a resize failed; steps since the last checkpoint are lost", exc_info=True)
         else:
-            logger.info("%s (put off for %.1f s)", outcome, time.monotonic() - began)
+            logger.info("%s (resize delayed by %.1f s)", outcome, time.monotonic() - began)
 
     def _save(self, decision: Any, deadline: float) -> str:
         """Have the workers save, and wait until Ray has registered the checkpoint. Returns what happened."""

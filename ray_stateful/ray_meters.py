@@ -68,7 +68,7 @@ def emit(samples: Iterable[Sample], run_name: str) -> None:
     except Exception:  # whatever it is, the save goes on
         if not _has_failed:
             # Logged once: whatever the cause, it will be the same at every save.
-            logger.warning("metrics of this worker are incomplete; said once", exc_info=True)
+            logger.warning("metrics of this worker are incomplete (logged only once)", exc_info=True)
         _has_failed = True
 
 

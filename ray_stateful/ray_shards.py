@@ -97,8 +97,8 @@ def refuse_positional(name: str, dataset: Dataset) -> None:
         seeds = getattr(operator, "seed_config", None)
         if seeds is None or seeds.seed is None or seeds.reseed_after_execution:
             lacks.append(
-                f"{type(operator).__name__} is another one at each execution: give it an integer as seed, or shuffle "
-                "afterwards"
+                f"{type(operator).__name__} gives a different order at each execution: give it an integer seed, or "
+                "shuffle afterwards"
             )
     if lacks:
         raise ValueError(

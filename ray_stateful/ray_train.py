@@ -223,13 +223,13 @@ def find_run(run: Run | str | os.PathLike[str] | None) -> Run:
     """`run` itself; the run of a directory or URI; or, for `None`, that of this worker.
 
     Raises:
-        ValueError: `run` is `None`, and this is no Ray Train worker.
+        ValueError: `run` is `None`, and this process is not a Ray Train worker.
     """
     if run is None:
         found = current_run()
         if found is None:
             raise ValueError(
-                "run is None, and this is no Ray Train worker whose run it could be; name a directory or URI: run=..."
+                "run is None, and this process is not a Ray Train worker; give a directory or URI: run=..."
             )
         return found
     if isinstance(run, str | os.PathLike):

@@ -41,7 +41,7 @@ def report_late(run: Run, restored: ResumeReport, ranks: Ranks) -> None:
     if ranks.rank == 0:
         why = "; ".join(f"rank {rank}: {failure.text}" for rank, failure in sorted(failures.items()))
         logger.info(
-            "%s was committed and never reported: %s",
+            "%s was committed but never reported: %s",
             restored.checkpoint,
-            f"nor is it now: {why}" if why else "it is now",
+            f"reporting it now failed: {why}" if why else "it has been reported now",
         )

@@ -259,7 +259,7 @@ def _verify_without_manifest(storage: Storage, path: str, full: bool, sizes: Map
         findings=tuple(_foreign_findings(storage, path, opened)) if full else (),
         num_files=len(sizes),
         num_bytes=0,
-        unverifiable="a plain DCP directory has no checksums: its bytes may be others than were written",
+        unverifiable="a plain DCP directory has no checksums: its bytes may differ from those that were written",
     )
 
 

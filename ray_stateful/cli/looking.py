@@ -147,7 +147,7 @@ def diff_(ctx: click.Context, first: str, second: str, json_: bool) -> None:
         for changed in result.changed:
             say(f"{changed.key}: {changed.first} became {changed.second}")
         for key in result.values:
-            say(f"{key}: another value")
+            say(f"{key}: the values differ")
         if result.tensors:
             table(
                 ("TENSOR", "DIFFERENT", "MAX ABSOLUTE", "MAX RELATIVE"),
@@ -189,8 +189,8 @@ def plan_(checkpoint: str, workers: int, json_: bool) -> None:
     # Heads of stock items that lie close together are read in one request: only reading tells how many do.
     most = "" if opened.manifest else "at most "
     say(
-        f"{most}{size(read)} in {requests:,} requests, {read / max(1, wanted):.2f}x of what is needed; besides, rank 0"
-        " reads manifest and index for all"
+        f"{most}{size(read)} in {requests:,} requests, {read / max(1, wanted):.2f}x of what is needed; in addition,"
+        " rank 0 reads the manifest and index for all ranks"
     )
 
 

@@ -39,7 +39,9 @@ class ByteSize(click.ParamType[int]):
 @click.option("--format", "format_", type=click.Choice(["safetensors", "torch", "dcp"]), required=True)
 @click.option("--part", help="Which part of the state: by default `model` for safetensors, and all of them otherwise.")
 @click.option("--dtype", type=click.Choice(sorted(ITEM_BYTES)), help="Cast floating-point tensors to this.")
-@click.option("--max-file-size", type=ByteSize(), default="5GB", show_default=True, help="Of one safetensors file.")
+@click.option(
+    "--max-file-size", type=ByteSize(), default="5GB", show_default=True, help="Largest size of one safetensors file."
+)
 @click.option("--adapter", is_flag=True, help="The adapter alone, as adapter_model.safetensors, for PEFT.")
 @click.option("--drop-tied", is_flag=True, help="Leave out an output head that equals the embedding.")
 @json_option
@@ -98,7 +100,9 @@ def export_(
 @click.command("import")
 @click.argument("source")
 @click.argument("run")
-@click.option("--part", default="model", show_default=True, help="Under which name weights without one are put.")
+@click.option(
+    "--part", default="model", show_default=True, help="Name of the part that weights without a part name become."
+)
 @click.option(
     "--step", type=click.IntRange(0, MAX_STEP), help="Steps they were trained for: by default, as SOURCE says, or 0."
 )
@@ -115,5 +119,5 @@ def import_(source: str, run: str, part: str, step: int | None, json_: bool) -> 
     if json_:
         as_json(dataclasses.asdict(result))
         return
-    checked = "" if result.verified else "; the source has no checksums, so it is what was read"
+    checked = "" if result.verified else "; the source has no checksums, so what was read could not be verified"
     say(f"{result.path}: {result.num_entries:,} entries, {size(result.num_bytes)}{checked}")

@@ -34,7 +34,13 @@ class Duration(click.ParamType[float]):
 @click.command("gc")
 @click.argument("run")
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
-@click.option("--older-than", type=Duration(), default="24h", show_default=True, help="Since the last change in it.")
+@click.option(
+    "--older-than",
+    type=Duration(),
+    default="24h",
+    show_default=True,
+    help="Minimum time since anything in the directory last changed.",
+)
 @json_option
 @click.pass_context
 def gc_(ctx: click.Context, run: str, dry_run: bool, older_than: float, json_: bool) -> None:

@@ -43,7 +43,8 @@ class Fault:
         if self.call not in CALLS:
             raise ValueError(f"call is {self.call!r}; it is one of {', '.join(CALLS)}")
         if isinstance(self, Truncate | Flip) and self.call not in _CALLS_WITH_DATA:
-            raise ValueError(f"{type(self).__name__} needs data, which {self.call!r} has not: {_CALLS_WITH_DATA} have")
+            needs = f"{type(self).__name__} needs a call that carries data, one of {_CALLS_WITH_DATA}"
+            raise ValueError(f"{needs}; {self.call!r} carries none")
 
     def due(self, count: int) -> bool:
         """Whether the `count`-th matching call goes wrong."""

@@ -177,7 +177,7 @@ def test_a_dataset_that_chooses_rows_by_an_order_that_changes_is_refused(cluster
     with pytest.raises(ValueError, match="has Zip"):
         refuse_positional("train", numbers.zip(ray.data.range(20)))
     for seed in (None, RandomSeedConfig(seed=1)):
-        with pytest.raises(ValueError, match="RandomShuffle is another one at each execution") as refused:
+        with pytest.raises(ValueError, match="RandomShuffle gives a different order at each execution") as refused:
             refuse_positional("train", _in_order().random_shuffle(seed=seed).limit(5))
         assert "as tasks finish" not in str(refused.value)
 

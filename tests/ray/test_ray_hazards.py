@@ -352,7 +352,7 @@ def test_local_mode_saves_to_a_directory_that_the_log_names_and_finds_it_again(f
 def test_outside_of_a_worker_there_is_no_run_and_a_directory_must_be_named(tmp_path):
     assert ray_train.current_run() is None
     assert ray_train.preemption() is None
-    with pytest.raises(ValueError, match="name a directory or URI"):
+    with pytest.raises(ValueError, match="give a directory or URI"):
         ray_train.find_run(None)
     found = ray_train.find_run(tmp_path / "here")
     assert isinstance(found, DirectoryRun)

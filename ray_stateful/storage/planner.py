@@ -198,7 +198,9 @@ def _refuse_unsupported(key: str, path: KeyPath, value: Any) -> None:
         raise UnsupportedState(
             key, f"a DTensor with placements {value.placements}", "reduce it first, to Replicate or Shard"
         )
-    if not values.is_dense(value) or dtype_name(value.dtype) not in ITEM_BYTES:
+    # Of a ShardedTensor torch answers no questions about its layout; its shards are dense.
+    is_dense = isinstance(value, ShardedTensor) or values.is_dense(value)
+    if not is_dense or dtype_name(value.dtype) not in ITEM_BYTES:
         kind = "nested" if value.is_nested else "meta" if value.is_meta else ""
         raise UnsupportedState(
             key,

@@ -337,9 +337,9 @@ class Checkpointer:
                 raise
             # Every rank counts alike: SaveFailed is raised on all of them.
             logger.error(
-                "save %d in a row failed, and training goes on; after %d more failures it would end: %s",
+                "save %d in a row failed, and training goes on; failure %d in a row will end it: %s",
                 self._num_failed,
-                self._soft_fail - self._num_failed + 1,
+                self._soft_fail + 1,
                 error,
                 extra={"ray_stateful": {"event": "save_failed", "step": self.step_count, "why": str(error)}},
             )

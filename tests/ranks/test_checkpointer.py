@@ -188,11 +188,11 @@ def fail_saves(run, failing, soft_fail):
     )
     for _ in range(3):
         results.append(checkpointer.step() is not None)
-    return results, [record.getMessage().partition(" more")[0] for record in said.buffer]
+    return results, [record.getMessage().partition(": ")[0] for record in said.buffer]
 
 
 def test_training_goes_on_through_as_many_failed_saves_as_allowed_and_no_more(tmp_path):
-    once = "save 1 in a row failed, and training goes on; after 1"
+    once = "save 1 in a row failed, and training goes on; failure 2 in a row will end it"
     soft = run_ranks(2, fail_saves, str(tmp_path / "soft"), [1, 3], 1)
     # Two in three, and never two in a row: a save that succeeds wipes the slate clean.
     assert soft == [([False, True, False], [once, once])] * 2

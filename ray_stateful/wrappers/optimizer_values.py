@@ -6,16 +6,16 @@ to the parameter's dtype: float32 moments of a bfloat16 parameter, or 8-bit mome
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ray_stateful.errors import UnsupportedState
+from ray_stateful.wrappers.optimizer_fill import into, merged, referred
 from ray_stateful.wrappers.optimizer_keys import (
     PARAM_GROUPS,
     PARAM_NAMES,
@@ -24,7 +24,6 @@ from ray_stateful.wrappers.optimizer_keys import (
     ByName,
     check_hyperparameters,
     leaves,
-    nested,
     of_group,
 )
 from ray_stateful.wrappers.optimizer_start import (
@@ -106,7 +105,7 @@ class BoundOptimizer:
                         # hide a conflict between them.
                         own = value.clone() if isinstance(value, torch.Tensor) else value
                         flat[f"{PARAM_GROUPS}.{key}.{name}"] = own
-        self._offered = {key: _referred(state) for key, state in offered.items()}
+        self._offered = {key: referred(state) for key, state in offered.items()}
         return flat
 
     def _templates(self) -> dict[str, dict[str, Any]]:
@@ -210,7 +209,7 @@ class BoundOptimizer:
             loaded = self._load_state(state)
         for group, members in self.groups():
             for name, value in of_group([key for key, _ in members], hyper).items():
-                group[name] = _into(group.get(name), value)
+                group[name] = into(group.get(name), value)
             if is_torchs(self.optimizer):
                 self._place_counts(group, [parameter for _, parameter in members])
         self._offered, self._starting = {}, {}
@@ -247,7 +246,7 @@ class BoundOptimizer:
             elif live or is_stepped(values):
                 # Copied into what is here; but what was offered is filled already, and is taken over.
                 begun = self._starting[key] if key in self._starting else self._offered.get(key, {})
-                self.optimizer.state[parameter] = _merged(live or begun, values)
+                self.optimizer.state[parameter] = merged(live or begun, values)
                 loaded.append(key)
         return loaded
 
@@ -294,46 +293,3 @@ def bind(optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> dict[torch.
 def _is_negative_zero(value: Any) -> bool:
     local = local_of(value)
     return isinstance(local, torch.Tensor) and bool(((local == 0) & local.signbit()).all())
-
-
-def _referred(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """`state` with a weak reference in the place of each tensor, and `None` in that of anything else."""
-    referred: dict[Any, Any] = {}
-    for name, value in state.items():
-        if isinstance(value, Mapping):
-            referred[name] = _referred(value)
-        else:
-            referred[name] = weakref.ref(value) if isinstance(value, torch.Tensor) else None
-    return referred
-
-
-def _merged(live: Mapping[Any, Any], values: Mapping[str, Any], path: str = "") -> dict[Any, Any]:
-    """`live` with `values` copied into its tensors; entries that only `values` has are added."""
-    merged: dict[Any, Any] = {}
-    seen: set[str] = set()
-    for name, ours in live.items():
-        where = f"{path}.{name}" if path else str(name)
-        if isinstance(ours, Mapping):
-            merged[name] = _merged(ours, {k: v for k, v in values.items() if k.startswith(f"{where}.")}, where)
-            seen |= {key for key in values if key.startswith(f"{where}.")}
-        else:
-            merged[name] = _into(ours, values[where]) if where in values else ours
-            seen.add(where)
-    if not path:
-        merged.update(nested({key: value for key, value in values.items() if key not in seen}))
-    return merged
-
-
-def _into(ours: Any, theirs: Any) -> Any:
-    """`theirs`, copied into `ours` if that is a tensor, as others may hold references to it."""
-    if not isinstance(ours, torch.Tensor):
-        # Formats without tuples return them as lists.
-        return tuple(theirs) if isinstance(ours, tuple) and isinstance(theirs, list) else theirs
-    if ours is theirs:
-        return ours
-    if not isinstance(theirs, torch.Tensor):
-        return ours.fill_(theirs)
-    if isinstance(ours, DTensor) and not isinstance(theirs, DTensor):
-        whole = theirs.to(ours.device)
-        theirs = distribute_tensor(whole, ours.device_mesh, ours.placements, src_data_rank=None)
-    return ours.copy_(theirs)

@@ -7,7 +7,7 @@ loads with a different one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -189,62 +189,3 @@ def part_prefixes(parts: Sequence[nn.Module]) -> list[str]:
             return [f"part_{index}." for index in range(len(parts))]
         owners.update(own)
     return [""] * len(parts)
-
-
-def entry_keys(parts: Sequence[nn.Module], names: Sequence[Iterable[str]]) -> list[dict[str, str]]:
-    """The key that each entry of a model is stored under, by its name: one dict for each part, of its `names`.
-
-    As `part_prefixes` has it. Where parts share a name space, a buffer or extra state that two of them have under one
-    name, each its own, gets the prefix of its part all the same; parameters keep their names, however a pipeline is
-    cut.
-    """
-    prefixes = part_prefixes(parts)
-    owners: dict[str, set[int]] = {}
-    for part in parts if len(parts) > 1 else ():
-        for name, owner in _owners(part):
-            owners.setdefault(name, set()).add(id(owner))
-    return [
-        {name: f"part_{index}.{name}" if prefix or len(owners.get(name, ())) > 1 else name for name in of_part}
-        for index, (prefix, of_part) in enumerate(zip(prefixes, names, strict=True))
-    ]
-
-
-def _owners(part: nn.Module) -> Iterator[tuple[str, object]]:
-    """The canonical name of each buffer, and of extra state, with the object that two parts may share."""
-    for name, buffer in part.named_buffers(remove_duplicate=False):
-        yield canonical_name(part, name), buffer
-    for name, module in part.named_modules(remove_duplicate=False):
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            yield canonical_name(part, f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE), module
-
-
-def cut_otherwise(
-    parts: Sequence[nn.Module], keys: Sequence[Mapping[str, str]], absent: Set[str], present: Set[str]
-) -> dict[str, list[str]]:
-    """Absent keys of buffers and extra state that are present for a model that is cut into other parts.
-
-    Stages of a pipeline that have a buffer under one name have it as `part_<i>.seen` if they are on one rank, and
-    otherwise as `seen`; so has a checkpoint from before each part had its own.
-
-    Args:
-        keys: What `entry_keys` returned.
-
-    Returns:
-        For such an absent key, the present ones that stand for it. The value of the first is to be taken.
-    """
-    if any(part_prefixes(parts)):
-        # Separate models, of which nothing says that one is the other.
-        return {}
-    of_parts: dict[str, list[str]] = {}
-    for key in sorted(present):
-        first, _, name = key.partition(".")
-        if first.startswith("part_") and first.removeprefix("part_").isdecimal():
-            of_parts.setdefault(name, []).append(key)
-    found: dict[str, list[str]] = {}
-    for part, of_part in zip(parts, keys, strict=True):
-        parameters = {name for name, _ in named_parameters(part)}
-        for name, key in of_part.items():
-            sources = of_parts.get(name, []) if key == name else [name] if name in present else []
-            if key in absent and name not in parameters and sources:
-                found[key] = sources
-    return found

@@ -34,7 +34,6 @@ class ModelState(StrictPart):
     Args:
         model: The module, wrapped in any way; or the parts of it that this rank has, in a pipeline. Parts share one
             name space, unless two of them use one name for different parameters: then each has its own, `part_<i>.`.
-            Buffers and extra state that are each part's own under one name have this prefix in any case.
         is_peft: The state is the adapter alone.
         is_init_step: The base model is to be loaded before training: adapters are left out, and it is no error if the
             base checkpoint lacks entries.
@@ -85,11 +84,10 @@ class ModelState(StrictPart):
         if self._whole_adapter:
             whole = adapters.collect(self._parts(), self._pipeline())
             return {key: value for key, value in whole.items() if not self._is_skipped(key)}
-        own = [self._own(part) for part in self.model]
         return {
-            keys[name]: dense.stored(name, value)
-            for keys, values in zip(model_keys.entry_keys(self.model, own), own, strict=True)
-            for name, value in values.items()
+            prefix + name: dense.stored(name, value)
+            for prefix, part in self._parts()
+            for name, value in self._own(part).items()
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool | None = None) -> None:
@@ -110,16 +108,14 @@ class ModelState(StrictPart):
             return
         given = dict(state_dict)
         own = [self._own(part) for part in self.model]
-        keys_of = model_keys.entry_keys(self.model, own)
-        keys = {key for of_part in keys_of for key in of_part.values()}
-        elsewhere = model_keys.cut_otherwise(self.model, keys_of, keys - given.keys(), given.keys())
-        given |= {key: given[sources[0]] for key, sources in elsewhere.items()}
+        keys = {prefix + name for prefix, names in zip(self._prefixes(), own, strict=True) for name in names}
         substitutes = self._fill_in_heads(keys, given)
-        used = set(substitutes.values()).union(*elsewhere.values())
-        self._accept(keys - given.keys(), given.keys() - keys - used, strict)
-        substitutes |= {key: sources[0] for key, sources in elsewhere.items()}
+        self._accept(keys - given.keys(), given.keys() - keys - set(substitutes.values()), strict)
         self.notes += tuple(f"{key} is taken from {source}" for key, source in sorted(substitutes.items()))
-        values = [{name: given[key] for name, key in of_part.items() if key in given} for of_part in keys_of]
+        values = [
+            {name: given[prefix + name] for name in names if prefix + name in given}
+            for prefix, names in zip(self._prefixes(), own, strict=True)
+        ]
         dense.check_shapes(own, values)
         for part, mine, theirs in zip(self.model, own, values, strict=True):
             dense.load(part, mine, theirs)
@@ -130,30 +126,26 @@ class ModelState(StrictPart):
         shards.reshard(self.model)
         renamed: dict[str, str] = {}
         taken: dict[str, str] = {}
-        elsewhere: dict[str, list[str]] = {}
         if self._whole_adapter:
             stored = adapters.stored_keys(self._parts())
             spelt = {other: key for key, others in stored.items() for other in others}
             taken = {spelt[key]: key for key in unexpected if spelt.get(key) in missing}
             everyones = set().union(*self._gather({key for key in stored if not self._is_skipped(key)}))
         else:
-            keys_of = model_keys.entry_keys(self.model, [self._own(part) for part in self.model])
-            everyones = set().union(*self._gather({key for of_part in keys_of for key in of_part.values()}))
+            own = {prefix + name for prefix, part in self._parts() for name in self._own(part)}
+            everyones = set().union(*self._gather(own))
             bare = {model_keys.without_wrappers(key): key for key in sorted(unexpected)}
             renamed = {key: bare[key] for key in missing if key in bare}
             taken = self._substitutes(set(missing - renamed.keys()), (everyones - missing) | bare.keys())
             taken = {key: bare.get(source, source) for key, source in taken.items()}
-            elsewhere = model_keys.cut_otherwise(self.model, keys_of, missing - renamed.keys(), unexpected)
-            taken |= {key: sources[0] for key, sources in elsewhere.items()}
         found = {**renamed, **taken}
         # Each stage finds substitutes for its own head only, but no stage may report a head missing that another found.
         solved = set().union(*self._gather(set(found)))
         if self._is_initial and self._whole_adapter and unexpected and not solved and missing >= everyones:
             return Reconciled(problems=(f"{len(unexpected)} tensors, and {_NO_ADAPTER}",))
         skipped = self._skipped_names()
-        used = set().union(*self._gather(set().union(*elsewhere.values())))
         extra = {key for key in unexpected - set(found.values()) if model_keys.without_wrappers(key) not in skipped}
-        judged = self._judge(missing - solved, extra - used, None)
+        judged = self._judge(missing - solved, extra, None)
         notes = [f"{key} is taken from {source}" for key, source in sorted(taken.items())]
         if renamed:
             notes.append(f"{len(renamed)} names come from a wrapped model, for example {min(renamed.values())}")

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_stateful import checkpoint, stateful_wrappers
+from ray_stateful import stateful_wrappers
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState
 from ray_stateful.states.part import StrictPart
 from tests.ranks.wrapper_models import Tied, assert_same, checkpoint_wrapper
@@ -303,71 +303,6 @@ def test_parts_with_names_of_their_own_share_a_name_space_and_parts_without_get_
     assert set(state) == {"part_0.weight", "part_0.bias", "part_1.weight", "part_1.bias"}
     ModelState(fresh).load_state_dict(state)
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(saved, fresh, strict=True))
-
-
-class Counting(nn.Module):
-    """A part of a model whose parameters have names of their own, and whose buffer and extra state have not."""
-
-    def __init__(self, name: str, number: int) -> None:
-        super().__init__()
-        self.add_module(name, nn.Linear(2, 2))
-        self.register_buffer("seen", torch.tensor(number))
-        self.note = f"note {number}"
-
-    def get_extra_state(self) -> Any:
-        return {"note": self.note}
-
-    def set_extra_state(self, state: Any) -> None:
-        self.note = state["note"]
-
-
-def counting(*numbers: int) -> list[nn.Module]:
-    return [Counting(name, number) for name, number in zip(("first", "second"), numbers, strict=False)]
-
-
-def found_in(parts: list[nn.Module]) -> list[tuple[int, str]]:
-    return [(int(part.seen), part.note) for part in parts]
-
-
-@pytest.mark.parametrize("way", ["restore", "direct"])
-def test_each_part_gets_its_own_buffer_and_extra_state_back_if_only_their_names_are_the_same(way, tmp_path):
-    saved, fresh = counting(1, 2), counting(3, 4)
-    part, again = ModelState(saved), ModelState(fresh)
-    assert set(part.state_dict()) == {
-        *("first.weight", "first.bias", "second.weight", "second.bias"),
-        *("part_0.seen", "part_1.seen", "part_0._extra_state", "part_1._extra_state"),
-    }
-    if way == "restore":
-        checkpoint.save({"m": part}, step=1, run=str(tmp_path))
-        report = checkpoint.restore({"m": again}, run=str(tmp_path))
-        assert [one.outcome for one in report.parts] == ["exact"]
-    else:
-        again.load_state_dict(part.state_dict())
-    assert found_in(fresh) == found_in(saved)
-    assert all(torch.equal(a, b) for a, b in zip(*map(parameters_of, (fresh, saved)), strict=True))
-
-
-def parameters_of(parts: list[nn.Module]) -> list[torch.Tensor]:
-    return [parameter for part in parts for parameter in part.parameters()]
-
-
-@pytest.mark.parametrize("way", ["restore", "direct"])
-@pytest.mark.parametrize("cut_when", ["saved", "loaded"])
-def test_a_buffer_under_one_name_in_several_stages_loads_however_the_stages_are_cut(cut_when, way, tmp_path):
-    # On one rank the stages have a buffer each; a stage alone, or the whole model, has one that stands for all of them.
-    cut, whole = counting(1, 2), nn.ModuleDict()
-    whole.update({"first": cut[0].first, "second": cut[1].second})
-    whole.register_buffer("seen", torch.tensor(5))
-    saved, fresh = (cut, [copy.deepcopy(whole)]) if cut_when == "saved" else ([copy.deepcopy(whole)], cut)
-    if way == "restore":
-        checkpoint.save({"m": ModelState(saved)}, step=1, run=str(tmp_path))
-        report = checkpoint.restore({"m": ModelState(fresh)}, run=str(tmp_path))
-        assert "seen is taken from" in str(report)
-    else:
-        again = ModelState(fresh)
-        again.load_state_dict(ModelState(saved).state_dict())
-        assert any("seen is taken from" in note for note in again.notes)
-    assert [int(part.seen) for part in fresh] == ([1] if cut_when == "saved" else [5, 5])
 
 
 def test_loading_a_base_model_skips_task_heads_and_adapters():

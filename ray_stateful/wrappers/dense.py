@@ -23,6 +23,35 @@ def is_extra(key: str) -> bool:
     return EXTRA_STATE in key.split(".")
 
 
+def joined(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The entries of all parts of a model, as they are stored.
+
+    Stages of a pipeline may each have a buffer of the same name, the frequencies of a rotary embedding for example. It
+    is stored once, so that the stages may be cut differently when they are loaded.
+
+    Raises:
+        UnsupportedState: two parts have different values under one key, of which one would be lost; or as `stored`.
+    """
+    found: dict[str, Any] = {}
+    for key, value in entries:
+        if key in found and _differ(found[key], value):
+            raise UnsupportedState(
+                key,
+                "an entry that two parts of the model have, with different values,",
+                "give each of them a ModelState of its own, or name the entries apart",
+            )
+        found[key] = value
+    return {key: stored(key, value) for key, value in found.items()}
+
+
+def _differ(one: Any, other: Any) -> bool:
+    one, other = (value.to_local() if isinstance(value, DTensor) else value for value in (one, other))
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        # A parameter that two parts share is the same tensor in both.
+        return one.is_meta is False and one.data_ptr() != other.data_ptr() and not torch.equal(one, other)
+    return bool(one != other)
+
+
 def stored(key: str, value: Any) -> Any:
     """`value` as it is stored: extra state in a tensor becomes bytes.
 

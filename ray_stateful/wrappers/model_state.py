@@ -84,11 +84,9 @@ class ModelState(StrictPart):
         if self._whole_adapter:
             whole = adapters.collect(self._parts(), self._pipeline())
             return {key: value for key, value in whole.items() if not self._is_skipped(key)}
-        return {
-            prefix + name: dense.stored(name, value)
-            for prefix, part in self._parts()
-            for name, value in self._own(part).items()
-        }
+        # All parts are asked before anything is refused: FSDP1's answers are collective.
+        own = [(prefix + name, value) for prefix, part in self._parts() for name, value in self._own(part).items()]
+        return dense.joined(own)
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool | None = None) -> None:
         """Load what `state_dict` returned, or the checkpoint's part of it; `state_dict` itself is not changed.

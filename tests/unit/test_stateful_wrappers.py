@@ -12,7 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_stateful import stateful_wrappers
+from ray_stateful import checkpoint, stateful_wrappers
+from ray_stateful.errors import UnsupportedState
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState
 from ray_stateful.states.part import StrictPart
 from tests.ranks.wrapper_models import Tied, assert_same, checkpoint_wrapper
@@ -303,6 +304,25 @@ def test_parts_with_names_of_their_own_share_a_name_space_and_parts_without_get_
     assert set(state) == {"part_0.weight", "part_0.bias", "part_1.weight", "part_1.bias"}
     ModelState(fresh).load_state_dict(state)
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(saved, fresh, strict=True))
+
+
+def two_stages(*numbers):
+    stages = [nn.ModuleDict({name: nn.Linear(2, 2)}) for name in ("first", "second")]
+    for stage, number in zip(stages, numbers, strict=True):
+        stage.register_buffer("frequencies", torch.full((2,), number))
+    return stages
+
+
+def test_a_buffer_that_parts_share_by_name_is_one_entry_and_refused_if_they_disagree(tmp_path):
+    part, fresh = ModelState(two_stages(3.0, 3.0)), two_stages(0.0, 0.0)
+    assert [key for key in part.state_dict() if "frequencies" in key] == ["frequencies"]
+    checkpoint.save({"m": part}, step=1, run=str(tmp_path))
+    checkpoint.restore({"m": ModelState(fresh)}, run=str(tmp_path))
+    assert all(torch.equal(stage.frequencies, torch.full((2,), 3.0)) for stage in fresh)
+
+    # One of them would be lost.
+    with pytest.raises(UnsupportedState, match="frequencies: an entry that two parts of the model have"):
+        ModelState(two_stages(3.0, 4.0)).state_dict()
 
 
 def test_loading_a_base_model_skips_task_heads_and_adapters():

@@ -78,10 +78,12 @@ class BackgroundSaver:
         self._thread = threading.Thread(
             target=self._write, args=(saving, self._outcome, released), name="checkpoint", daemon=True
         )
-        self._thread.start()
-        # `start` waits for the thread to run. Without this it would run on, and hold the interpreter's lock while it
-        # plans: training would stand still for another `sys.getswitchinterval()`, which is 5 ms.
-        released.set()
+        try:
+            # It waits for the thread to run, which would then hold the interpreter's lock while it plans: training
+            # would stand still for another `sys.getswitchinterval()`, which is 5 ms.
+            self._thread.start()
+        finally:
+            released.set()
 
     def wait(self) -> None:
         """Wait for this rank's thread.

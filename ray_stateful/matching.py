@@ -116,19 +116,21 @@ def _two_in_one(
 ) -> Iterator[tuple[str, str]]:
     """Keys that are one tensor here (tied weights) and two different ones in the checkpoint: either could be loaded.
 
-    Known from the checksums, so not for a checkpoint that has none.
+    Known from the checksums: not for a checkpoint that has none, nor for tensors that were cut differently.
     """
     first: dict[tuple[Any, ...], str] = {}
     for key, _, tensor in local_tensors({key: flat[key] for key in sorted(sources)}):
         if tensor.numel() == 0:
             continue
         other = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), key)
-        if _contents(opened.chunks[sources[other]]) != _contents(opened.chunks[sources[key]]):
+        if other != key and _differ(opened.chunks[sources[other]], opened.chunks[sources[key]]):
             yield key, other
 
 
-def _contents(chunks: Sequence[StoredChunk]) -> list[tuple[Any, ...]]:
-    return sorted((chunk.box.offsets, chunk.box.sizes, bytes(chunk.checksums)) for chunk in chunks)
+def _differ(one: Sequence[StoredChunk], other: Sequence[StoredChunk]) -> bool:
+    """Whether two tensors have a chunk of the same box with different checksums."""
+    contents = {chunk.box: bytes(chunk.checksums) for chunk in one}
+    return any(contents.get(chunk.box, bytes(chunk.checksums)) != bytes(chunk.checksums) for chunk in other)
 
 
 def _cast(value: Any, chunk: StoredChunk) -> str | None:

@@ -202,7 +202,7 @@ def _of_part(part: Any, rank: int) -> Any:
     if isinstance(part, RankPart):
         return ByKey({layout.rank_key(rank): value})
     if isinstance(part, StrictPart) and part.by_key:
-        value = {key: ByKey(child) if child and key in part.by_key else child for key, child in value.items()}
+        value = {key: ByKey(child) if key in part.by_key and child else child for key, child in value.items()}
         return ByKey(value) if value else value
     return value
 

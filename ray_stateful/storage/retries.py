@@ -138,7 +138,7 @@ _TRANSIENT_WORDS = re.compile(
 
 
 # What is quoted or has a slash in it may be a path, also one below a directory that we do not know of, or a URL.
-_MAYBE_PATHS = re.compile(r"'[^'\s]*'|\"[^\"\s]*\"|[^\s'\"]*/[^\s'\"]*")
+_MAYBE_PATHS = re.compile(r"'[^'\s]*'|\"[^\"\s]*\"|(?<![^\s'\"])[^\s'\"/]*/[^\s'\"]*")
 
 
 def is_transient(error: BaseException | None, path: str) -> bool:
@@ -202,7 +202,7 @@ class RetryingStorage:
         return limit
 
     def open_sink(self, path: str) -> Sink:
-        sink = retried("open", path, lambda: self.inner.open_sink(path), self.policy, self.note_retry, if_late=_drop)
+        sink = self._retried("open", path, lambda: self.inner.open_sink(path))
         return DeadlineSink(sink, path, self.policy)
 
     def write(self, path: str, data: Buffer) -> None:
@@ -267,7 +267,9 @@ def write_file(
     def stream() -> T:
         number = next(tries)
         where = path if isinstance(path, str) else path(number)
-        opened = deadlines.call(lambda: inner.open_sink(where), limits.attempt_s, where, _drop)
+        # A file that is opened too late is dropped, unless a later attempt may have written to the same path.
+        if_late = None if isinstance(path, str) else _drop
+        opened = deadlines.call(lambda: inner.open_sink(where), limits.attempt_s, where, if_late)
         with DeadlineSink(opened, where, limits) as sink:
             return producer(sink)
 
@@ -282,14 +284,12 @@ def retried(
     note_retry: Callable[[str], None],
     *,
     in_thread: bool = True,
-    if_late: Callable[[T], object] | None = None,
 ) -> T:
     """`function()`, tried again after transient errors as `policy` says.
 
     Args:
         operation: A verb, for the error: "could not read ...".
         in_thread: Whether each attempt is a single call into the storage, to be made under the deadline of one.
-        if_late: Called with what such a call returns after its deadline.
 
     Raises:
         FileNotFoundError: there is no such file, and `operation` is "read".
@@ -298,7 +298,7 @@ def retried(
     deadline: float | None = None
     for pause in policy.pauses(_draw):
         try:
-            return deadlines.call(function, policy.attempt_s, path, if_late) if in_thread else function()
+            return deadlines.call(function, policy.attempt_s, path) if in_thread else function()
         except FileNotFoundError as error:
             if operation == "read":
                 raise

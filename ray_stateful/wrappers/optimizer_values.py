@@ -48,9 +48,6 @@ class BoundOptimizer:
     # and does not copy them. Weak references: the zeros that a save made for an unused expert are not kept. Nested as
     # the optimizer has it: flat names do not tell the key 0 from "0".
     _offered: dict[str, dict[Any, Any]] = field(default_factory=dict)
-    # The initial state of the parameters that have none, and get theirs from values that were not offered. Held from
-    # `check` to `load` only.
-    _starting: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, torch.Tensor]]]]:
         """Every group with its parameters and their keys."""
@@ -180,7 +177,6 @@ class BoundOptimizer:
             absent = sorted({name for name, _ in leaves(self._offered.get(key, ours))} - given.keys())
             if key in state and absent:
                 raise ValueError(f"{STATE}.{key} lacks {absent}: part of a parameter's state is of no use")
-        self._starting = starting
 
     def _initial(self, given: ByName) -> dict[str, dict[str, Any]]:
         """The state to be filled of the parameters that have none, and were offered none that is filled already."""
@@ -212,7 +208,7 @@ class BoundOptimizer:
                 group[name] = into(group.get(name), value)
             if is_torchs(self.optimizer):
                 self._place_counts(group, [parameter for _, parameter in members])
-        self._offered, self._starting = {}, {}
+        self._offered = {}
         return loaded
 
     def _place_counts(self, group: Mapping[str, Any], parameters: Sequence[torch.Tensor]) -> None:
@@ -232,7 +228,7 @@ class BoundOptimizer:
 
     def _load_state(self, given: ByName) -> list[str]:
         loaded: list[str] = []
-        dampened = self._dampened()
+        dampened, starting = self._dampened(), self._initial(given)
         for key, parameter in self.parameters():
             values: Mapping[str, Any] = given.get(key, {})
             if self._is_stand_in(values, key in dampened):
@@ -245,7 +241,7 @@ class BoundOptimizer:
                     self.optimizer.state.pop(parameter, None)
             elif live or is_stepped(values):
                 # Copied into what is here; but what was offered is filled already, and is taken over.
-                begun = self._starting[key] if key in self._starting else self._offered.get(key, {})
+                begun = starting[key] if key in starting else self._offered.get(key, {})
                 self.optimizer.state[parameter] = merged(live or begun, values)
                 loaded.append(key)
         return loaded

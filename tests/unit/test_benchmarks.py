@@ -88,7 +88,6 @@ def test_a_plan_that_is_known_is_found_without_sending_more_for_more_parameters(
     # Of a parameter's fifteen entries three are shards, eleven are dealt out, and the last rank has all counters.
     assert row["items_sent_a_rank"] == pytest.approx(row["items_a_rank"] * (3 + 11 / 2 + 1) / 15, abs=2)
     assert row["warm_bytes"] == 2 * 64
-    assert row["warm_s"] > 0
 
 
 def test_the_checkpoint_of_many_ranks_can_be_committed_and_opened():
@@ -96,8 +95,6 @@ def test_the_checkpoint_of_many_ranks_can_be_committed_and_opened():
 
     assert row["index_bytes"] > 100e6  # most of it checksums, which do not depend on the number of ranks
     assert row["open_peak_bytes"] > row["index_bytes"]
-    assert row["commit_again_s"] > 0
-    assert row["commit_s"] > 0
 
 
 def test_a_ratio_is_the_middle_of_the_pairs():

@@ -40,6 +40,24 @@ def test_a_strict_part_is_handed_the_keys_that_its_dicts_have_and_not_strings_in
     assert torch.equal(fresh.tensor, torch.full((2,), 5.0))
 
 
+class Divided(Nested):
+    """One of its dicts is stored by key."""
+
+    by_key = ("options",)
+
+    def state_dict(self):
+        return {"tensor": self.tensor, "options": {"number": self.number, **self.extra}}
+
+
+def test_a_dict_that_is_stored_by_key_may_stand_beside_tensors(tmp_path):
+    checkpoint.save({"part": Divided(5)}, step=1, run=str(tmp_path))
+    fresh = Divided(7, extra=8)
+    checkpoint.restore({"part": fresh}, run=str(tmp_path))
+
+    assert fresh.given == {"tensor": fresh.tensor, "options": {"number": 5}}
+    assert torch.equal(fresh.tensor, torch.full((2,), 5.0))
+
+
 class Counted(dict):
     """A dict that counts how often somebody goes through all of it."""
 

@@ -14,6 +14,7 @@ from ray_stateful import checkpoint
 from ray_stateful.errors import SaveFailed
 from ray_stateful.ranks import Ranks
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState
+from ray_stateful.storage.planner import BalancedSavePlanner
 from ray_stateful.testing import run_ranks
 from tests.codes import FlatCodes
 from tests.part import Part, opened
@@ -95,6 +96,26 @@ def test_a_shard_whose_elements_are_in_other_tensors_is_refused_by_its_key(tmp_p
     for outcome in run_ranks(2, save_codes, str(tmp_path)):
         assert "rank 1: UnsupportedState: part.weight: a FlatCodes" in outcome
     assert list(tmp_path.iterdir()) == []
+
+
+def words_of_placements():
+    """The words by which one shape and dtype is described, in five placements on two ranks."""
+    meshes = [
+        DeviceMesh("cpu", ranks, mesh_dim_names=(name,))
+        for name, ranks in [("dp", [0, 1]), ("tp", [0, 1]), ("dp", [1, 0])]
+    ]
+    cases = [*((mesh, Shard(0)) for mesh in meshes), (meshes[0], Shard(1)), (meshes[0], Replicate())]
+    words = set()
+    for mesh, placement in cases:
+        planner = BalancedSavePlanner()
+        local = torch.zeros([2 if placement.is_shard(dim) else 4 for dim in range(2)])
+        planner.set_up_planner({"part": {"t": DTensor.from_local(local, mesh, [placement])}})
+        words.add(tuple(planner.describe()))
+    return len(words)
+
+
+def test_another_placement_or_mesh_of_a_tensor_is_described_by_other_words():
+    assert run_ranks(2, words_of_placements) == [5, 5]
 
 
 def save_cut(run):

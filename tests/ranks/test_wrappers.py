@@ -6,6 +6,9 @@ import copy
 import functools
 import gc
 import logging
+import os
+import subprocess
+import sys
 import warnings
 import weakref
 from typing import Any
@@ -499,6 +502,41 @@ def test_optimizers_without_state_of_a_pipelines_stages_come_back_also_on_anothe
     report = checkpoint.restore({"optimizer": whole}, run=str(tmp_path))
     assert [part.outcome for part in report.parts] == ["exact"]
     assert [group["lr"] for group in whole.optimizer[0].param_groups] == [0.5, 1.0, 0.0]
+
+
+_MANY_HEADS = """
+import sys
+import torch, torch.distributed as dist
+from ray_stateful.stateful_wrappers import ModelState
+from tests.ranks.test_wrappers import FirstStage, LastStage
+
+rank, directory = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{directory}/met", rank=rank, world_size=2)
+models = [(FirstStage, LastStage)[rank]() for _ in range(6)]
+given = {
+    f"part_{number}.{name}": torch.full_like(value, float(number))
+    for number, model in enumerate(models)
+    for name, value in model.state_dict().items()
+    if name != "lm_head.weight"
+}
+ModelState(models, pp_group=dist.group.WORLD).load_state_dict(given)
+print([{value.unique().tolist()[0] for value in model.state_dict().values()} for model in models])
+dist.barrier()
+"""
+
+
+def test_stages_whose_sets_are_in_another_order_fetch_many_heads_in_the_same_one(tmp_path):
+    # The workers of a job have hash seeds of their own; the ranks of `run_ranks` have the one of their server.
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _MANY_HEADS, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONHASHSEED": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=80)[0] for process in processes] == [f"{[{float(n)} for n in range(6)]}\n"] * 2
 
 
 class Adapted(nn.Module):

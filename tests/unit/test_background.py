@@ -1,6 +1,8 @@
 """A background save of one process: what it keeps, and what it takes when."""
 
+import queue
 import sys
+import threading
 import time
 import weakref
 
@@ -13,6 +15,8 @@ from ray_stateful.format import layout
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.stopwatch import Stopwatch
+from ray_stateful.storage.local import LocalSink
+from ray_stateful.storage.retries import RetryingStorage, RetryPolicy
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import Fail, FaultyStorage, Hang
 
@@ -132,6 +136,43 @@ def test_a_metric_is_what_it_was_at_its_step_although_its_tensor_goes_on(tmp_pat
         running.zero_()
 
     assert Noting.noted == ({"loss": 3.0},)
+
+
+def test_a_write_that_was_given_up_has_the_values_of_its_own_save_although_another_was_begun(tmp_path, monkeypatch):
+    storage, path = resolve(str(tmp_path))
+    # The first write hangs, and no second one of its save is possible.
+    slow = FaultyStorage(storage.inner, [Fail("open_sink", nth=2, error=PermissionError("denied"))])
+    retrying = RetryingStorage(slow, RetryPolicy(attempt_s=0.1, first_pause_s=0.01))
+    free, late, write = threading.Event(), queue.Queue(), LocalSink.write
+
+    part = Cloning()
+
+    def hang(sink, data):
+        if memoryview(data).nbytes == part.weight.nbytes:
+            monkeypatch.setattr(LocalSink, "write", write)
+            free.wait(60.0)
+            late.put(bytes(data))
+        else:
+            write(sink, data)
+
+    monkeypatch.setattr(LocalSink, "write", hang)
+    saver = Checkpointer(
+        {"part": part},
+        every_n_steps=1,
+        background=True,
+        soft_fail=1,
+        at_end=False,
+        num_files=1,
+        run=DirectoryRun(retrying, path, path),
+    )
+    for fill in (3.0, 4.0):
+        part.weight.fill_(fill)
+        saver.step()
+        saver.wait()
+    assert saver._saved_step == 2
+
+    free.set()
+    assert late.get(timeout=60.0) == torch.full((1000,), 3.0).numpy().tobytes()
 
 
 @pytest.mark.parametrize("background", [False, True])

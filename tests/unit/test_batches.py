@@ -238,6 +238,16 @@ def test_a_length_that_may_change_ends_the_epoch_and_says_so():
     assert sampler.changed_from(before.state_dict()) == ("length 103 -> 200", "epoch 0 ended early")
 
 
+def test_another_length_at_the_start_of_an_epoch_ends_none():
+    before = world_of(1)[0]
+    run_steps([before], 7)
+    assert (before.epoch, before.position) == (1, 0)
+    sampler = world_of(1, 200, saved=before.state_dict(), allow_change=["length"])[0]
+
+    assert (sampler.epoch, sampler.position, sampler.samples) == (1, 0, 103)
+    assert sampler.changed_from(before.state_dict()) == ("length 103 -> 200",)
+
+
 def test_another_drop_last_applies_to_the_end_of_this_epoch_and_checkpoints_without_it_are_read():
     before = world_of(1)[0]
     run_steps([before], 6)

@@ -129,8 +129,8 @@ def test_starting_a_loader_once_more_after_a_restart_does_not_shift_the_runs_ran
 
 
 def test_workers_draw_the_same_for_the_same_position_and_rank_and_otherwise_not():
-    def drawn(rank, position):
-        batches = sampler(rank, 2, sampler().state_dict() | {"position": position})
+    def drawn(rank, position, epoch=0):
+        batches = sampler(rank, 2, sampler().state_dict() | {"position": position, "epoch": epoch})
         batch = next(batches.paired_with(loader_of(batches, 1, Noise())))
         return torch.cat([data for _, data in batch])
 
@@ -140,6 +140,7 @@ def test_workers_draw_the_same_for_the_same_position_and_rank_and_otherwise_not(
     assert torch.equal(first, drawn(0, 16))
     assert not torch.equal(first, drawn(1, 16))
     assert not torch.equal(first, drawn(0, 32))
+    assert not torch.equal(first, drawn(0, 16, epoch=1))
 
 
 def test_a_loader_of_another_sampler_or_one_that_ends_early_is_an_error():

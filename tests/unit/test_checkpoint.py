@@ -3,6 +3,7 @@
 import collections
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_stateful import candidates, checkpoint, listing
+from ray_stateful.candidates import Rejected, agree
 from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed, StateMismatch, UnsupportedState
 from ray_stateful.format import layout
+from ray_stateful.ranks import Failure
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.stateful_wrappers import ModelState
 from ray_stateful.states.loader import LoaderState, Merge
@@ -29,7 +32,7 @@ from ray_stateful.storage.writer import CheckpointWriter
 from ray_stateful.testing import Fail, FaultyStorage, Hang
 from ray_stateful.verify import verify
 from tests.codes import Codes, FlatCodes
-from tests.part import Part
+from tests.part import Part, opened
 
 # One process without a process group is what these tests are about.
 alone = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
@@ -384,13 +387,17 @@ def test_what_is_not_a_state_is_refused(tmp_path, state):
         checkpoint.save(state, step=1, run=str(tmp_path))
 
 
+def flip_bit(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_older_one_and_says_so(tmp_path):
     for step in (1, 2):
         report = checkpoint.save({"thing": Part({"t": torch.full((5000,), float(step))})}, step=step, run=str(tmp_path))
     item = next(tmp_path.glob(f"{report.name}/__0_*.distcp"))
-    data = bytearray(item.read_bytes())
-    data[len(data) // 2] ^= 1
-    item.write_bytes(data)
+    flip_bit(item, item.stat().st_size // 2)
     fresh = Part()
 
     restored = checkpoint.restore({"thing": fresh}, run=str(tmp_path))
@@ -399,6 +406,37 @@ def test_a_damaged_checkpoint_falls_back_to_the_older_one_and_says_so(tmp_path):
     assert torch.equal(fresh.value["t"], torch.full((5000,), 1.0))
     assert item.name in str(restored)
     assert "that costs 1 step, which" in str(restored)
+
+
+def test_an_older_checkpoint_that_lacks_what_a_damaged_one_had_begun_to_load_is_not_taken(tmp_path):
+    def model(*names):
+        return torch.nn.ModuleDict({name: torch.nn.Linear(2000, 9) for name in names})
+
+    checkpoint.save({"m": ModelState(model("a"))}, step=1, run=str(tmp_path))
+    newest = checkpoint.save({"m": ModelState(model("a", "b"))}, step=2, run=str(tmp_path))
+    (row,) = opened(newest).chunks["m.b.weight"]
+    flip_bit(Path(newest.uri, row.file), row.data_offset)
+
+    with pytest.raises(NoIntactCheckpoint, match=r"has no entry 'm\.b\.\w+', which was loaded from a newer, damaged"):
+        checkpoint.restore({"m": ModelState(model("a", "b"), strict=False)}, run=str(tmp_path))
+
+
+def test_damage_on_one_rank_rejects_a_checkpoint_and_beside_a_failure_of_another_ends_the_restore():
+    damage, denied = Failure("a block", damage=True), Failure("denied", damage=False)
+    with pytest.raises(Rejected, match="rank 1: a block"):
+        agree("read", {1: damage})
+    # An older checkpoint would be denied as well, and training would go back for nothing.
+    with pytest.raises(RankFailed, match="denied"):
+        agree("read", {0: damage, 1: denied})
+
+
+def test_a_part_of_the_checkpoint_that_the_state_lacks_is_named_in_the_report(tmp_path):
+    checkpoint.save({name: Part(name) for name in ("ema", "model")}, step=1, run=str(tmp_path))
+
+    report = checkpoint.restore({"model": Part()}, run=str(tmp_path))
+
+    assert report.notes == ("ema: in the checkpoint, not in the state; left alone",)
+    assert report.notes[0] in str(report)
 
 
 def saved_twice(tmp_path, monkeypatch):
@@ -432,6 +470,28 @@ def test_a_manifest_that_is_damaged_keeps_no_other_one_of_its_step_from_being_fo
 
     # It is said that it was passed over, whichever it was.
     assert restored(str(tmp_path)) == (["new", "abandoned"][damaged], [names[damaged]])
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over_and_it_is_said_which_it_is(tmp_path):
+    first, second = (checkpoint.save({"thing": Part({"is": n})}, step=n, run=str(tmp_path)) for n in (1, 2))
+    copied = f"checkpoint_s0000000003_{first.name.rpartition('_')[2]}"
+    shutil.copytree(first.uri, tmp_path / copied)
+    fresh = Part()
+
+    report = checkpoint.restore({"thing": fresh}, run=str(tmp_path))
+
+    assert (report.checkpoint, fresh.value) == (second.name, {"is": 2})
+    assert "holds another checkpoint: step 1" in report.rejected[copied]
+
+
+def test_one_of_ours_without_its_manifest_does_not_pass_for_a_foreign_one_whatever_it_is_called(tmp_path):
+    report = checkpoint.save({"thing": Part({"t": torch.ones(3)})}, step=1, run=str(tmp_path / "run"))
+    shutil.move(report.uri, tmp_path / "mine")
+    (tmp_path / "mine" / layout.MANIFEST).unlink()
+
+    # It has stock DCP's metadata, and could be read without a look at any checksum.
+    with pytest.raises(NoIntactCheckpoint, match="was never committed: its manifest is missing"):
+        checkpoint.restore({"thing": Part()}, run=str(tmp_path / "run"), checkpoint=str(tmp_path / "mine"))
 
 
 @pytest.mark.parametrize("fault", [Hang("delete"), Fail("delete", error=PermissionError(13, "denied"))])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from attacks import victim
 from ray_stateful import checkpoint, filling
+from ray_stateful.errors import DamagedCheckpoint
 from ray_stateful.format.rows import tree_row
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.states.part import Reconciled, StrictPart, World
@@ -56,6 +58,20 @@ def test_a_dict_that_is_stored_by_key_may_stand_beside_tensors(tmp_path):
 
     assert fresh.given == {"tensor": fresh.tensor, "options": {"number": 5}}
     assert torch.equal(fresh.tensor, torch.full((2,), 5.0))
+
+
+@pytest.mark.parametrize("entries", [["rank_0"], ["rank_0", "rank_2"], ["rank_0", "rank_1", "other"]])
+def test_a_part_of_ranks_that_lacks_the_value_of_one_or_has_another_is_damage(tmp_path, entries):
+    storage, path = resolve(str(victim.save(tmp_path)))
+    opened = opening.parse(opening.fetch(storage, path))
+    (row,) = opened.chunks["stream.rank_0.number"]
+    rows = [replace(row, key=f"stream.{entry}.number", path=("stream", entry, "number")) for entry in entries]
+    opened = replace(opened, chunks={row.key: (row,) for row in rows}, trees={})
+    run = DirectoryRun(storage, str(tmp_path), str(tmp_path))
+    world = World(saved_world_size=2, world_size=1, rank=0, step=1)
+
+    with pytest.raises(DamagedCheckpoint, match="not one for each rank"):
+        filling.fill_rank_part("stream", victim.PerRank(0), None, {}, world, run, opened)
 
 
 class Counted(dict):

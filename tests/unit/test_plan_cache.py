@@ -137,6 +137,25 @@ def test_a_save_after_one_that_wrote_elsewhere_and_failed_builds_on_the_last_com
     assert fresh.value["epoch"] == 5
 
 
+def test_a_save_to_the_places_of_one_that_was_never_committed_does_not_build_on_it(save):
+    save({"a": 0.5, "b": 0.5, "t": torch.ones(3), "u": torch.ones(3000)})
+    # All that lies behind "b" comes to lie elsewhere.
+    other = {"a": 0.5, "b": 0.25, "t": torch.ones(3), "u": torch.full((3000,), 2.0)}
+    with pytest.raises(SaveFailed):
+        save(other, rules=[Fail("write", path="index", error=PermissionError("denied"))])
+    report = save(other)
+    fresh = Part()
+    checkpoint.restore({"part": fresh}, run=report.uri.rpartition("/")[0], checkpoint=report.uri, verify="full")
+    assert (fresh.value["a"], fresh.value["b"]) == (0.5, 0.25)
+    assert torch.equal(fresh.value["u"], other["u"])
+
+
+def test_a_commit_is_built_on_only_where_every_rank_wrote_to_its_own_places_again():
+    plans = PlanCache()
+    plans.keep_commit([1, 2], None)
+    assert [plans.are_places(places) for places in ([1, 2], [1, 3], [3, 2])] == [True, False, False]
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -9,6 +9,7 @@ from ray_stateful.errors import StateMismatch
 from ray_stateful.format.values import decode, encode
 from ray_stateful.states.part import World
 from ray_stateful.states.random import RandomState
+from tests.part import Part
 
 BIT_GENERATORS = [np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64]
 
@@ -57,6 +58,18 @@ def test_every_stream_goes_on_exactly_where_it_was():
     RandomState(fresh).load_state_dict(saved)
 
     assert draw(fresh) == expected
+
+
+def test_streams_go_on_where_they_were_although_another_part_draws_while_it_is_loaded(tmp_path):
+    class Drawing(Part):
+        def load_state_dict(self, value):
+            torch.rand(7)
+
+    checkpoint.save({"random": RandomState(), "zeta": Drawing(1)}, step=1, run=str(tmp_path))
+    expected = draw({})
+    checkpoint.restore({"random": RandomState(), "zeta": Drawing(1)}, run=str(tmp_path))
+
+    assert draw({}) == expected
 
 
 def test_what_was_saved_does_not_change_with_later_draws():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ray_stateful import Checkpointer, checkpoint, save_requests
+from ray_stateful import Checkpointer, checkpoint, ray_train, save_requests
+from ray_stateful.background import BackgroundSaver
 from ray_stateful.decisions import Decision, Reason, decide
 from ray_stateful.errors import SaveFailed, UnevenSteps, UnmatchedCalls, UnsupportedState
 from ray_stateful.ranks import Outcome, Ranks
@@ -251,6 +253,18 @@ def test_a_rank_that_is_done_while_others_go_on_is_an_error():
         decide([(4, int(Reason.END), 0, 0), (4, 0, 0, 0)])
 
 
+def preempted(run, rank_1_hears_at):
+    """Rank 0 is told of a preemption at step 2, rank 1 later, as Ray's word reaches one worker before the other."""
+    heard_at, coming = (2, rank_1_hears_at)[dist.get_rank()], ray_train.Preemption(time.time() + 3600.0, (0,))
+    saver = Checkpointer({"counter": Counter()}, at_end=False, run=run, timeout_s=20)
+    ray_train.preemption = lambda *, may_wait: coming if saver.step_count >= heard_at else None
+    return [saver.step() is not None for _ in range(5)]
+
+
+def test_a_rank_that_hears_of_a_preemption_after_the_save_that_was_made_for_it_asks_for_no_other(tmp_path):
+    assert run_ranks(2, preempted, str(tmp_path), 4) == [[False, True, False, False, False]] * 2
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -312,7 +326,7 @@ def restore_named(run):
 
 
 def resize_while_one_is_in_flight(run):
-    """A resize is asked for while rank 1 can't write; storage is freed only when the other rank stands waiting."""
+    """A resize is asked for while rank 1 can't write; storage is freed only when the training thread comes to wait."""
     storage, path = resolve(run)
     slow = FaultyStorage(storage.inner, [Hang("sink.write", rank=1)])
     checkpointer = Checkpointer(
@@ -323,15 +337,20 @@ def resize_while_one_is_in_flight(run):
     before = steps_saved(run)
     # The limit is how long the training thread waits to be taken down, once it has saved.
     save_requests.ask(1, "resize of 2 to 3 workers", 0.0)
-    free = threading.Timer(0.2, slow.release)
-    free.start()
+    background, waited = checkpointer._background, []
+
+    def wait():
+        waited.append(steps_saved(run))
+        slow.release()
+        BackgroundSaver.wait(background)
+
+    background.wait = wait
     report = checkpointer.step()
-    free.join()
-    return before, report.step, checkpointer.step_count
+    return before, waited, report.step, checkpointer.step_count
 
 
 def test_a_resize_waits_for_the_save_in_flight_and_is_saved_in_the_foreground_after_it(tmp_path):
-    assert run_ranks(2, resize_while_one_is_in_flight, str(tmp_path)) == [([], 3, 3)] * 2
+    assert run_ranks(2, resize_while_one_is_in_flight, str(tmp_path)) == [([], [[]], 3, 3)] * 2
     assert steps_saved(tmp_path) == [2, 3]
     assert run_ranks(1, restore_named, str(tmp_path))[0] == {2: 1 + 2, 3: 1 + 2 + 3}
 

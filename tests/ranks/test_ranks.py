@@ -31,17 +31,17 @@ def test_one_ranks_failure_is_raised_on_every_rank(bad_rank):
 
 def leave_one_out():
     ranks = Ranks.of_world(timeout_s=1.0)
-    if ranks.rank == 1:
+    if ranks.rank == 0:
         time.sleep(3)  # not synchronisation: this rank is the one that does not come
         return None
     return ranks.all_gather("agree", ranks.rank)
 
 
-def test_a_rank_that_never_arrives_is_a_timeout_that_names_the_phase():
+def test_a_rank_that_never_arrives_is_a_timeout_that_names_the_phase_and_the_rank_that_waited():
     outcomes = run_ranks(2, leave_one_out)
 
-    assert type(outcomes[0]) is RankTimeout
-    assert outcomes[0].phase == "agree"
+    assert type(outcomes[1]) is RankTimeout
+    assert (outcomes[1].phase, outcomes[1].rank) == ("agree", 1)
 
 
 def make_a_group_alone():
@@ -142,13 +142,18 @@ def groups_of_our_own():
     first, again = Ranks.of_world(timeout_s=20), Ranks.of_world(timeout_s=20)
     other = Ranks.of_world(timeout_s=20, purpose="background")
     dist.barrier()  # a rank that ended here would take the other's connections with it while it still makes them
-    return (
+    found = (
         dist.get_backend(first.group),
         first.group is again.group,
         first.group is other.group,
         first.group is dist.group.WORLD,
     )
+    store = dist.PrefixStore("another", dist.distributed_c10d._get_default_store())
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=store, rank=first.rank, world_size=2)
+    anew = Ranks.of_world(timeout_s=20)
+    return *found, anew.group is first.group, anew.all_gather("meet in it", anew.rank)
 
 
-def test_the_group_is_a_cpu_group_of_our_own_made_once_for_each_purpose():
-    assert run_ranks(2, groups_of_our_own) == [("gloo", True, False, False)] * 2
+def test_the_group_is_a_cpu_group_of_our_own_made_once_for_each_purpose_and_anew_with_another_default_group():
+    assert run_ranks(2, groups_of_our_own) == [("gloo", True, False, False, False, [0, 1])] * 2

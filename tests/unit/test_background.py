@@ -11,6 +11,7 @@ import torch
 
 from ray_stateful import Checkpointer, checkpoint, checkpointer
 from ray_stateful.background import BackgroundSaver
+from ray_stateful.errors import RankTimeout
 from ray_stateful.format import layout
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
@@ -126,6 +127,18 @@ def test_what_was_copied_is_let_go_before_it_is_written(tmp_path):
     fresh = Cloning()
     checkpoint.restore({"part": fresh}, run=str(tmp_path))
     assert torch.equal(fresh.weight, part.weight)
+
+
+def test_waiting_for_a_write_that_hangs_ends_at_the_deadline(tmp_path):
+    storage, path = resolve(str(tmp_path))
+    slow = FaultyStorage(storage.inner, [Hang("open_sink")])
+    run = DirectoryRun(slow, path, path)
+    saver = Checkpointer({"part": Cloning()}, every_n_steps=1, background=True, at_end=False, run=run, timeout_s=0.2)
+    saver.step()
+
+    with pytest.raises(RankTimeout, match="in 'end a background save': its thread is still writing"):
+        saver.wait()
+    slow.release()
 
 
 def test_a_metric_is_what_it_was_at_its_step_although_its_tensor_goes_on(tmp_path):

@@ -47,6 +47,14 @@ def test_an_error_that_derives_from_base_exception_is_caught_at_the_boundary():
     assert isinstance(outcome.error, CheckpointException)
 
 
+def test_of_several_errors_of_one_rank_the_first_is_told():
+    outcome = Outcome()
+    for text in ("the cause", "a consequence"):
+        with outcome.catch():
+            raise OSError(text)
+    assert str(outcome.error) == "the cause"
+
+
 def test_a_shard_is_read_without_the_rest_of_its_chunk(tmp_path):
     report = saved(tmp_path, {"t": torch.arange(1 << 20, dtype=torch.float32).reshape(1024, 1024)})
     (chunk,) = opened(report).chunks["part.t"]

@@ -14,8 +14,8 @@ import pyarrow.fs
 import pytest
 import torch
 
-from ray_stateful import checkpoint
-from ray_stateful.errors import StorageError
+from ray_stateful import Progress, checkpoint
+from ray_stateful.errors import RankFailed, SaveFailed, StorageError
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage import deadlines
 from ray_stateful.storage.base import Sink
@@ -249,9 +249,10 @@ def test_a_file_that_breaks_off_is_streamed_again_from_its_start(inner, call, nt
         assert storage.retries == {"write": 1}
 
 
-def test_a_hung_write_of_a_stream_is_streamed_again(inner):
-    faulty = FaultyStorage(inner, [Hang("sink.write", nth=2)])
-    storage = RetryingStorage(faulty, RetryPolicy(attempt_s=0.2, first_pause_s=0.01))
+@pytest.mark.parametrize(("call", "nth"), [("sink.write", 2), ("publish", 1)])
+def test_a_stream_that_hangs_in_a_write_or_when_it_is_closed_is_streamed_again(inner, call, nth):
+    faulty = FaultyStorage(inner, [Hang(call, nth=nth)])
+    storage = RetryingStorage(faulty, RetryPolicy(attempt_s=0.2, publish_s=0.2, first_pause_s=0.01))
     try:
         write_file(storage, "d/file", stream_parts)
     finally:
@@ -358,6 +359,24 @@ def test_a_policy_is_cut_to_what_peers_wait_and_otherwise_kept(inner):
 
     assert limited.policy == RetryPolicy(budget_s=10.0, attempt_s=1.0, publish_s=10.0, first_pause_s=0.01)
     assert limited.retries is storage.retries
+
+
+def test_a_save_and_a_restore_give_storage_up_before_their_peers_give_up_them(inner):
+    calls = [Fail(call, num_times=None, error=RESET) for call in ("open_sink", "directories")]
+    # Long enough for every test, and too long for a group whose deadline is 0.4 s.
+    patient = RetryPolicy(budget_s=2.0, first_pause_s=0.01, longest_pause_s=0.01)
+    run = DirectoryRun(RetryingStorage(FaultyStorage(inner, calls), patient), "run", "run")
+    part = Progress()
+
+    with pytest.raises(SaveFailed, match=r"still failing after 0\.1 s"):
+        checkpoint.save({"part": part}, step=1, run=run, timeout_s=0.4)
+    with pytest.raises(RankFailed, match=r"still failing after 0\.1 s"):
+        checkpoint.restore({"part": part}, run=run, timeout_s=0.4)
+
+
+def test_a_storage_that_is_sent_to_another_process_has_its_policy_there(inner):
+    policy = RetryPolicy(budget_s=7.0, first_pause_s=0.5)
+    assert pickle.loads(pickle.dumps(RetryingStorage(inner, policy))).policy == policy
 
 
 def test_storage_does_not_draw_from_the_trainings_random_stream(inner):

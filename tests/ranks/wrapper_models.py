@@ -156,12 +156,17 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     return {path[1:]: whole(tree)}
 
 
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Bit for bit, key by key."""
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     for key, value in expected.items():
         if isinstance(value, torch.Tensor):
-            assert found[key].dtype == value.dtype, key
-            assert torch.equal(found[key], value), key
+            assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape), key
+            # Not torch.equal: -0.0 equals 0.0, and no NaN equals itself.
+            assert bits(found[key]) == bits(value), key
         else:
             assert found[key] == value, (key, found[key], value)

@@ -132,8 +132,8 @@ def test_without_the_guard_the_steps_since_the_last_checkpoint_are_lost(cluster,
 class _Group:
     """A worker group of this process: what the controller runs on the workers runs here."""
 
-    def __init__(self, errors=(), raises=None):
-        self.errors, self.raises, self.polls = errors, raises, 0
+    def __init__(self, errors=(), raises=None, running=True):
+        self.errors, self.raises, self.running, self.polls = errors, raises, running, 0
 
     def __len__(self):
         return 1
@@ -146,7 +146,7 @@ class _Group:
         if self.raises is not None:
             raise self.raises
         error = RuntimeError("worker fell over") if self.errors else None
-        return WorkerGroupPollStatus({0: WorkerStatus(running=True, error=error)})
+        return WorkerGroupPollStatus({0: WorkerStatus(running=self.running, error=error)})
 
 
 @pytest.fixture
@@ -199,6 +199,16 @@ def test_whatever_goes_wrong_is_a_warning_and_the_resize_goes_on(cluster, said, 
 
     assert [level for level, _ in said] == ["warning"]
     assert sentence in said[0][1]
+
+
+def test_training_that_ends_is_not_waited_for(cluster, said):
+    save_requests.save_requested()
+    group = _Group(running=False)
+    _resize(ResizeGuard(timeout_s=60), group)
+
+    assert [level for level, _ in said] == ["info"]
+    assert "training ended first" in said[0][1]
+    assert group.polls == 1
 
 
 @pytest.mark.parametrize(("saved", "level"), [(None, "warning"), ("never_registered", "warning"), ("name", "info")])

@@ -64,6 +64,21 @@ def test_a_request_whose_save_failed_and_was_forgiven_is_made_again_at_the_next_
     assert [saver.step() is not None for _ in range(4)] == [False, True, False, False]
 
 
+def test_the_interval_of_seconds_begins_with_a_restore(tmp_path, monkeypatch):
+    now = [100.0]
+    saver_of(tmp_path).save()
+    monkeypatch.setattr(checkpointer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    saver = saver_of(tmp_path, every_s=60.0, orphans_after_s=None)
+
+    now[0] += 50.0
+    saver.restore()
+    saved = []
+    for _ in range(3):
+        now[0] += 20.0
+        saved.append(saver.step() is not None)
+    assert saved == [False, False, True]
+
+
 def test_after_a_failed_save_the_interval_of_seconds_begins_anew(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(checkpointer, "time", SimpleNamespace(monotonic=lambda: now[0]))

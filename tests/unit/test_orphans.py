@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,37 @@ def test_a_directory_with_what_no_save_writes_stays(tmp_path, what, when):
 
     assert list(kept) == [one.name for one in found]
     assert name in names(tmp_path)
+
+
+class Lagging:
+    """As an object store whose listings do not have yet what was written just now."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def sizes(self, path):
+        return {name: size for name, size in self.inner.sizes(path).items() if name != layout.MANIFEST}
+
+
+def test_a_checkpoint_whose_manifest_no_listing_shows_yet_stays(tmp_path):
+    make(tmp_path, 1, committed=True)
+    orphan = make(tmp_path, 2)
+    make(tmp_path, 3)
+    run = open_run(str(tmp_path))
+
+    assert [one.name for one in orphans.find(replace(run, storage=Lagging(run.storage.inner)))] == [orphan]
+
+
+def test_a_directory_in_which_something_was_made_or_deleted_a_while_ago_stays(tmp_path):
+    name = make(tmp_path, 1)
+    make(tmp_path, 2, committed=True)
+    # Only the directory itself tells of a file that is there no more.
+    os.utime(tmp_path / name)
+
+    assert orphans.find(open_run(str(tmp_path))) == []
 
 
 def test_the_age_is_the_users_to_choose(tmp_path):

@@ -89,7 +89,21 @@ def test_only_the_ray_modules_import_ray():
 
 
 def test_the_public_names_are_these():
-    assert ray_stateful.__all__ == sorted(ray_stateful.__all__)
+    assert ray_stateful.__all__ == [
+        "Checkpointer",
+        "GlobalBatchSampler",
+        "LoaderState",
+        "ModelState",
+        "OptimizerState",
+        "Progress",
+        "RandomState",
+        "ResizeGuard",
+        "ResumeReport",
+        "SaveReport",
+        "accumulate",
+        "restore",
+        "save",
+    ]
     for name in ray_stateful.__all__:
         assert getattr(ray_stateful, name) is not None
 

@@ -116,13 +116,20 @@ def test_two_saves_of_one_step_never_share_a_directory(tmp_path):
     assert len(names) == 5
 
 
-def test_an_entry_that_was_planned_and_not_written_is_not_committed(tmp_path):
+def test_what_was_written_and_is_not_exactly_what_was_planned_is_not_committed(tmp_path):
     planner = BalancedSavePlanner()
-    planner.set_up_planner({"part": {"t": torch.zeros(3), "u": torch.zeros(2)}})
+    planner.set_up_planner({"part": {"n": 1, "t": torch.zeros(3), "u": torch.zeros(2)}})
     _, metadata = planner.create_global_plan([planner.create_local_plan()])
-    rows = [row for (row,) in opened(saved(tmp_path, {"t": torch.zeros(3)})).chunks.values()]
-    with pytest.raises(ValueError, match=r"part\.u: planned and not written"):
-        commit.prove(metadata, rows)
+    written = opened(saved(tmp_path, {"n": 1, "t": torch.zeros(3), "u": torch.zeros(2), "v": torch.zeros(2)})).chunks
+    n, t, u, v = (row for (row,) in map(written.get, ("part.n", "part.t", "part.u", "part.v")))
+    commit.prove(metadata, [n, t, u])
+    for rows, problem in [
+        ([n, t], r"part\.u: planned and not written"),
+        ([n, t, u, v], r"part\.v: written and not planned"),
+        ([n, t, u, n], r"part\.n: a value written 2 times"),
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            commit.prove(metadata, rows)
 
 
 def test_chunks_that_leave_a_gap_or_overlap_are_not_loaded(tmp_path):

@@ -1,6 +1,7 @@
 """Hazards of Ray, of storage and of models, a sentence a test; others are where the thing itself is tested."""
 
 import ast
+import inspect
 import time
 from pathlib import Path
 
@@ -14,18 +15,21 @@ import ray_stateful
 from ray_stateful import Checkpointer, Progress, checkpoint, ray_train
 from ray_stateful.format.layout import parse_name
 from ray_stateful.storage.writer import distribute
+from ray_stateful.testing import processes
 
 ROOT = Path(ray_stateful.__file__).parent
 
 
-def names_used():
-    """Every attribute, name and string constant in the package, with where it is."""
-    for path in sorted(ROOT.rglob("*.py")):
+def names_used(*roots):
+    """Every attribute and name in the Python files below `roots`, by default the package, with where it is."""
+    for path in sorted(path for root in roots or [ROOT] for path in root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 yield node.attr, path.name
             elif isinstance(node, ast.Name):
                 yield node.id, path.name
+            elif isinstance(node, ast.alias):
+                yield node.name.rpartition(".")[2], path.name
 
 
 def test_a_checkpoint_is_never_downloaded_whole():
@@ -36,7 +40,20 @@ def test_a_checkpoint_is_never_downloaded_whole():
 
 
 def test_no_process_is_forked_from_one_with_threads():
-    assert [found for found in names_used() if found[0] in ("fork", "set_start_method")] == []
+    # Unless a context is named, multiprocessing forks here.
+    starts = {"fork", "forkpty", "set_start_method", "ProcessPoolExecutor", "Pool", "Process", "get_context"}
+    found = {name for name in names_used() if name[0] in starts}
+    # Those of Ray Train, and those of the context that is checked here.
+    known = {("get_context", path) for path in ("ray_data.py", "ray_train.py", "processes.py")}
+    assert found == known | {("Process", "processes.py")}
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(processes))) if isinstance(node, ast.Call)]
+    contexts = [ast.unparse(call) for call in calls if ast.unparse(call.func).endswith("get_context")]
+    assert contexts == ["multiprocessing.get_context('forkserver')"]
+
+
+def test_nothing_ends_every_ray_on_the_machine():
+    project = [path for path in ROOT.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    assert [found for found in names_used(*project) if found[0] == "AutoscalingCluster"] == []
 
 
 def test_nothing_of_ours_moves_an_object():
@@ -122,6 +139,27 @@ def test_a_preemption_leads_to_one_save_and_to_none_that_could_not_be_finished(
     saver._preemption_done, saver._save_s = None, last_save_s
     for _ in range(29):
         saver.step()
+    assert steps_saved(tmp_path) == expected
+    assert ("so none is begun" in caplog.text) == (expected == [1])
+
+
+# A minute is left, and one and a half times what the last save took is wanted for each of the two.
+@pytest.mark.parametrize(("last_save_s", "expected"), [(15.0, [1, 2]), (30.0, [1])])
+def test_before_a_preemption_a_save_is_made_at_once_if_there_is_time_for_the_one_in_flight_as_well(
+    tmp_path, monkeypatch, caplog, last_save_s, expected
+):
+    coming = None
+    monkeypatch.setattr(ray_train, "preemption", lambda *, may_wait: coming)
+    saver = Checkpointer({"progress": Progress()}, at_end=False, background=True, run=str(tmp_path))
+    saver._save_s = last_save_s
+    saver.request_save()
+    saver.step()
+    coming = ray_train.Preemption(time.time() + 60.0, (0,))
+    report = saver.step()
+
+    # Not in the background: the process may be gone before that is done.
+    assert (report is not None and report.step == 2) == (2 in expected)
+    saver.wait()
     assert steps_saved(tmp_path) == expected
     assert ("so none is begun" in caplog.text) == (expected == [1])
 

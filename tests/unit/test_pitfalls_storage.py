@@ -1,6 +1,7 @@
 """Hazards of storage that show in a whole save or restore; others are where one storage is tested."""
 
 import errno
+import json
 import logging
 import threading
 import traceback
@@ -17,6 +18,7 @@ from ray_stateful.storage.local import LocalStorage
 from ray_stateful.storage.retries import RetryingStorage, RetryPolicy
 from ray_stateful.storage.uris import below, resolve, without_credentials
 from ray_stateful.testing import Fail, FaultyStorage
+from tests import pages
 
 
 class Part:
@@ -208,6 +210,14 @@ def test_a_run_that_is_a_file_is_an_error_and_never_a_start_from_scratch(tmp_pat
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(RankFailed, match="Not a directory"):
         restored_step(f"{tmp_path}/file{below}")
+
+
+def test_the_rule_that_removes_unfinished_uploads_is_on_the_page_about_storage_as_aws_takes_it():
+    (block,) = [block for block in pages.blocks_of(pages.ROOT / "docs/storage.md") if block.language == "json"]
+    (rule,) = json.loads(block.code)["Rules"]
+
+    assert (rule["Status"], rule["Filter"]) == ("Enabled", {"Prefix": ""})
+    assert rule["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] > 0
 
 
 class LateStorage(LocalStorage):

@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from ray_stateful.errors import DamagedCheckpoint, StorageError
 from ray_stateful.format import layout
-from ray_stateful.storage.local import ASIDE_PREFIX
+from ray_stateful.storage.local import ASIDE_PREFIX, LocalSink
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.reading import read_exactly
 from ray_stateful.storage.retries import RetryingStorage, RetryPolicy
@@ -119,6 +119,31 @@ def test_a_file_and_its_directories_are_flushed_to_the_disk_before_writing_retur
         "aside",
         f"{tmp_path}/run/checkpoint",
     ]
+
+
+def test_that_a_manifest_is_gone_is_on_the_disk_before_another_file_is_deleted(local, tmp_path, monkeypatch):
+    for name in (layout.MANIFEST, "item"):
+        local.write(f"checkpoint/{name}", b"x")
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (flushed.append(os.listdir(f"/proc/self/fd/{descriptor}")), fsync(descriptor))
+    )
+
+    local.delete("checkpoint")
+
+    assert flushed == [["item"], []]
+
+
+def test_a_file_of_which_the_disk_has_less_than_was_written_is_an_error_that_says_so_and_leaves_nothing(tmp_path):
+    sink = LocalSink(str(tmp_path / "file"))
+    sink.write(b"12345")
+    (aside,) = tmp_path.iterdir()
+    os.truncate(aside, 3)
+
+    with pytest.raises(OSError, match="wrote 5 bytes and 3 are there"):
+        sink.__exit__(None, None, None)
+
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_failing_disk_write_is_an_error_that_says_so_and_leaves_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """A background save of one process: what it keeps, and what it takes when."""
 
 import queue
+import subprocess
 import sys
 import threading
 import time
@@ -139,6 +140,35 @@ def test_waiting_for_a_write_that_hangs_ends_at_the_deadline(tmp_path):
     with pytest.raises(RankTimeout, match="in 'end a background save': its thread is still writing"):
         saver.wait()
     slow.release()
+
+
+_END_WITHOUT_WAITING = """
+import sys, threading, torch
+from ray_stateful import Checkpointer
+from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage.uris import resolve
+from ray_stateful.testing import Delay, FaultyStorage
+from tests.part import Part
+
+class Telling(FaultyStorage):
+    def write(self, path, data):
+        if "manifest" in path:
+            begun.set()
+        super().write(path, data)
+
+begun, (storage, path) = threading.Event(), resolve(sys.argv[1])
+run = DirectoryRun(Telling(storage.inner, [Delay("write", path="manifest", delay_s=1.0)]), path, path)
+saver = Checkpointer({"part": Part({"weight": torch.ones(3)})}, every_n_steps=1, background=True, run=run)
+saver.step()
+begun.wait(60.0)
+sys.exit(3)
+"""
+
+
+def test_a_process_that_ends_without_waiting_is_held_up_for_the_commit_of_its_save_in_flight(tmp_path):
+    command = [sys.executable, "-c", _END_WITHOUT_WAITING, str(tmp_path)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 3
+    assert len(list(tmp_path.glob("*/manifest.json"))) == 1
 
 
 def test_a_metric_is_what_it_was_at_its_step_although_its_tensor_goes_on(tmp_path):

@@ -8,6 +8,7 @@ background thread has ended.
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import time
 import weakref
@@ -20,6 +21,8 @@ from ray_stateful.errors import RankFailed, RankTimeout
 from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.report import SaveReport
 from ray_stateful.storage.staging import Staging
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -107,6 +110,14 @@ class BackgroundSaver:
             self._thread.join(_LEAVE_S)
             # A write in progress can't be stopped from here. When it ends the thread ends too, at its next collective.
             self._ranks.left.set()
+            if self._outcome.error is not None:
+                # Nobody will ask for it: the interpreter lets no thread start any more, so a save that had not begun to
+                # write fails even if nothing is wrong with it.
+                logger.error(
+                    "a background save was not finished when this process left it: %s; end the `with` block of the "
+                    "Checkpointer, or call wait(), before the process ends",
+                    self._outcome.error,
+                )
 
     def finish(self, ranks: Ranks) -> SaveReport:
         """Report the save, or raise what it ended with. Collective; only when every rank's thread has ended.

@@ -171,6 +171,14 @@ def test_a_process_that_ends_without_waiting_is_held_up_for_the_commit_of_its_sa
     assert len(list(tmp_path.glob("*/manifest.json"))) == 1
 
 
+def test_a_process_that_ends_before_its_save_has_begun_to_write_says_that_it_was_not_finished(tmp_path):
+    script = _END_WITHOUT_WAITING.replace("begun.wait(60.0)\n", "")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert list(tmp_path.glob("*/manifest.json")) == []
+    assert "a background save was not finished when this process left it" in done.stderr
+
+
 def test_a_metric_is_what_it_was_at_its_step_although_its_tensor_goes_on(tmp_path):
     storage, path = resolve(str(tmp_path))
     running = torch.tensor(3.0)

@@ -45,6 +45,7 @@ from ray_stateful import candidates, collector, meters, parts, ray_train, report
 from ray_stateful import initial as initial_weights
 from ray_stateful.candidates import Candidate, Rejected
 from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, UnevenSteps
+from ray_stateful.format.checksums import checksum
 from ray_stateful.format.layout import MAX_STEP, CheckpointName
 from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Failure, Outcome, Ranks, current_rank
@@ -146,8 +147,10 @@ class Saving:
         # Kept, not raised: if this rank alone raised, the others would wait for it.
         with self._outcome.catch():
             parts.check(state)
-            if not 0 <= step <= MAX_STEP:
-                raise ValueError(f"step is {step}; a checkpoint's name has room for 0 to {MAX_STEP:,}")
+            if not hasattr(step, "__index__") or not 0 <= step <= MAX_STEP:
+                raise ValueError(
+                    f"step is {step}; a checkpoint's name has room for whole numbers from 0 to {MAX_STEP:,}"
+                )
             check_num_files(num_files)
         self._state, self._run = state, run
         # Not checked here but by `collect`, whose errors `write` raises on every rank.
@@ -211,14 +214,19 @@ class Saving:
                 structure = structure_digest(planner.describe(), ranks.world_size)
                 shared = planner.shared_tensors(), planner.shared_values()
                 digests = [structure, *map(entries_digest, shared)]
-        failures, rows = ranks.share("compare plans", outcome, [int(secrets.token_hex(3), 16), *digests])
+        place = int(checksum(run.path.encode()), 16) >> 1
+        failures, rows = ranks.share("compare plans", outcome, [int(secrets.token_hex(3), 16), *digests, place])
         self._name = str(CheckpointName(self._step, f"{rows[0][0]:06x}"))
         path = posixpath.join(run.path, self._name)
         _raise_if_any_failed(path, "plan", failures, outcome)
+        others = [rank for rank, row in enumerate(rows) if row[-1] != rows[0][-1]]
+        if others:
+            where = "its run is elsewhere than rank 0's: give every rank the same, in Ray Train's local mode by a name"
+            raise SaveFailed(path, "plan", dict.fromkeys(others, where))
 
         # 4.
         description = self._describe(ranks)
-        plan, metadata = self._plan(ranks, path, *shared, [of_rank for _, *of_rank in rows])
+        plan, metadata = self._plan(ranks, path, *shared, [row[1:4] for row in rows])
         planner.let_go()
 
         # 5.
@@ -423,13 +431,15 @@ def restore(
     except Exception:  # whatever it is: counted, and re-raised
         meters.tell(run, source.storage, ranks.rank, meters.of_failed_restore(rejected, ranks.rank))
         raise
+    if ranks.rank == 0:
+        said = f"run {source.uri} has no checkpoint yet: nothing was restored" if report is None else report
+        fields = {"event": "nothing_to_restore", "run": source.uri} if report is None else report.as_fields()
+        logger.info("%s", said, extra={"ray_stateful": fields})
+        if not logger.isEnabledFor(logging.INFO):
+            # Ray's workers log at this level; elsewhere nobody would see it.
+            print(said, flush=True)
     if report is None:
         return None
-    if ranks.rank == 0:
-        logger.info("%s", report, extra={"ray_stateful": report.as_fields()})
-        if not logger.isEnabledFor(logging.INFO):
-            # Ray's workers log at this level; elsewhere nobody would see the report.
-            print(report, flush=True)
     meters.tell(run, source.storage, ranks.rank, meters.of_restore(report, ranks.rank))
     if is_to_report:
         reporting.report_late(run, report, ranks)
@@ -461,7 +471,7 @@ def _restore_newest(
             rejected[candidate.name] = str(error)
             if ranks.rank == 0:
                 fields = {"event": "rejected", "checkpoint": candidate.name, "why": str(error)}
-                words = "checkpoint %s can't be used, taking the next older one: %s"
+                words = "checkpoint %s can't be used; the next older one is taken, if there is one: %s"
                 logger.warning(words, candidate.name, error, extra={"ray_stateful": fields})
         else:
             return report, candidate.to_report

@@ -23,6 +23,7 @@ from ray_stateful.checkpoint import Saving
 from ray_stateful.checkpoint import restore as _restore
 from ray_stateful.decisions import Decision, Reason, decide
 from ray_stateful.errors import SaveFailed
+from ray_stateful.format.layout import parse_name
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks, current_rank, world
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.runs import Run
@@ -126,6 +127,7 @@ class Checkpointer:
         self._preemption: ray_train.Preemption | None = None
         self._preemption_done: ray_train.Preemption | None = None
         self._foretold = False
+        self._has_restored = False
         self._metrics: Mapping[str, Any] | None = None
 
     def __enter__(self) -> Self:
@@ -135,6 +137,7 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Save the last step, unless it is saved or the body raised: then nobody knows where the other ranks are."""
+        save_requests.stop_listening()
         if kind is not None:
             if self._background is not None:
                 self._background.leave()
@@ -173,7 +176,7 @@ class Checkpointer:
         # Initial weights are not a saved step of this run.
         if report is not None and not report.initial:
             self.step_count = self._saved_step = report.step
-        self._tried_at_s = time.monotonic()
+        self._tried_at_s, self._has_restored = time.monotonic(), True
         return report
 
     def step(self, metrics: Mapping[str, Any] | None = None) -> SaveReport | None:
@@ -217,7 +220,8 @@ class Checkpointer:
             self._begin(self._background, metrics)
         if decision.resize:
             # What was trained from here on would be thrown away with this worker group.
-            save_requests.hold(decision.resize, None if report is None else report.name)
+            is_counted = isinstance(self._run, ray_train.RayRun)
+            save_requests.hold(decision.resize, None if report is None else report.name, is_counted=is_counted)
         return report
 
     def save(self, metrics: Mapping[str, Any] | None = None) -> SaveReport:
@@ -318,6 +322,8 @@ class Checkpointer:
         return self._saved(self._background.finish(self._ranks))
 
     def _saved(self, report: SaveReport) -> SaveReport:
+        if self._saved_step is None and not self._has_restored and self._ranks.rank == 0:
+            threading.Thread(target=_warn_if_passed, args=(self._run, report.step), name="newest", daemon=True).start()
         self._saved_step, self._save_s = report.step, report.seconds
         self._num_failed, self._served = 0, self._taken
         if self._orphans_after_s is not None:
@@ -372,3 +378,22 @@ class Checkpointer:
     def _samples(self) -> int:
         counts = [int(part.samples) for part in self.state.values() if hasattr(part, "samples")]
         return max(counts, default=0)
+
+
+def _warn_if_passed(run: Run, step: int) -> None:
+    """Say so if the run has a later step than the one that was saved first: a `restore` was forgotten.
+
+    The next resume takes the later step, and all that was trained since is lost.
+    """
+    outcome, newest = Outcome(), None
+    with outcome.catch():
+        newest = next(iter(run.candidates()), None)
+    parsed = None if newest is None else parse_name(newest)
+    if parsed is not None and parsed.step > step:
+        logger.warning(
+            "run %s has %s, and step %d was saved without a restore: the next resume takes the former. Call restore() "
+            "before you train, or give the run another name",
+            run.uri,
+            newest,
+            step,
+        )

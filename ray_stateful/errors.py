@@ -109,7 +109,11 @@ class StateMismatch(RestoreFailed):
         lines = "\n".join(f"  {problem}" for problem in self.problems)
         count = len(self.problems)
         found = f"the state does not match checkpoint {self.path!r} in {count} place(s); nothing was loaded"
-        return printable(f"{found}:\n{lines}")
+        advice = (
+            "build the state as it was saved; leave a part out of the state to go on without it; "
+            "ModelState(strict=False) loads what fits"
+        )
+        return printable(f"{found}:\n{lines}\n{advice}")
 
 
 class ResizeRefused(RestoreFailed):
@@ -221,7 +225,10 @@ class RankTimeout(CheckpointError):
         self.phase, self.rank, self.waited_s, self.cause = phase, rank, waited_s, cause
 
     def __str__(self) -> str:
-        return f"rank {self.rank} gave up after {self.waited_s:.1f} s in {self.phase!r}: {self.cause}"
+        return (
+            f"rank {self.rank} gave up after {self.waited_s:.1f} s in {self.phase!r}: {self.cause}; some rank has "
+            "ended, hangs, or made a different call: its own log says which"
+        )
 
 
 class UnevenSteps(CheckpointError):

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.format import layout, values
@@ -32,9 +34,11 @@ def check(state: State) -> None:
     """Refuse what is not a state.
 
     Raises:
-        UnsupportedState: the state is empty, an entry lacks `state_dict` or `load_state_dict`, or its name would make
-            keys ambiguous.
+        UnsupportedState: the state is no dict, or empty, an entry lacks `state_dict` or `load_state_dict`, or its name
+            would make keys ambiguous.
     """
+    if not isinstance(state, Mapping):
+        raise UnsupportedState("the state", f"an object of type {type(state).__name__}", "give a dict of name to part")
     if not state:
         raise UnsupportedState("the state", "an empty dict", "name at least one part")
     for name, part in state.items():
@@ -42,8 +46,8 @@ def check(state: State) -> None:
         if not isinstance(part, Stateful):
             raise UnsupportedState(
                 name,
-                f"a {type(part).__name__}, which has no state_dict() and load_state_dict(),",
-                "wrap it in an object that has them, or put its values into the step's metrics",
+                f"an object of type {type(part).__name__}, which has no state_dict() and load_state_dict(),",
+                "wrap it in an object that has them, as Progress() is for counters of your own",
             )
 
 
@@ -65,7 +69,7 @@ def collect(state: State, rank: int, outcome: Outcome) -> dict[str, Any]:
     collected: dict[str, Any] = {}
     for name in sorted(state):
         with outcome.catch():
-            collected[name] = _of_part(state[name], rank)
+            collected[name] = _of_part(name, state[name], rank)
     return collected
 
 
@@ -197,7 +201,11 @@ def _names_digest(state: State) -> int:
     return int(checksum("\n".join(sorted(state)).encode()), 16) >> 1
 
 
-def _of_part(part: Any, rank: int) -> Any:
+def _of_part(name: str, part: Any, rank: int) -> Any:
+    if isinstance(part, Optimizer) and any(isinstance(p, DTensor) for g in part.param_groups for p in g["params"]):
+        # What it restores by itself would not be sharded, and the next step of the optimizer would fail.
+        advice = "wrap it: OptimizerState(model, optimizer)"
+        raise UnsupportedState(name, f"a bare {type(part).__name__} of sharded parameters", advice)
     value = part.state_dict()
     if isinstance(part, RankPart):
         return ByKey({layout.rank_key(rank): value})

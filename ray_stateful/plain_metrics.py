@@ -25,9 +25,11 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool):
         return value
     # Subclasses too (`numpy.float64` is a float, `IntEnum` an int): JSON writers differ in how they write those.
-    for kind in (int, float, str):
+    for kind in (int, float):
         if isinstance(value, kind):
             return kind(value)
+    if isinstance(value, str):
+        return _text(value, where)
     if isinstance(value, Mapping):
         return {_key(key, where): _plain(inner, f"{where}.{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -36,7 +38,7 @@ def _plain(value: Any, where: str) -> Any:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         scalar = value.item()
         if isinstance(scalar, bool | int | float | str):
-            return scalar
+            return _plain(scalar, where)
     what = f"{type(value).__module__}.{type(value).__qualname__}"
     shape = getattr(value, "shape", None)
     raise ValueError(
@@ -48,4 +50,13 @@ def _plain(value: Any, where: str) -> Any:
 def _key(key: Any, where: str) -> str:
     if not isinstance(key, str):
         raise ValueError(f"{where}: key {key!r} is a {type(key).__name__}; the keys of metrics are strings")
-    return str(key)
+    return _text(key, where)
+
+
+def _text(text: str, where: str) -> str:
+    try:
+        # As Ray does it, when the run has ended: half of a character (of a file's name, for example) is an error there.
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"metric {where!r}: the text {text!a} is not valid Unicode ({error.reason})") from error
+    return str(text)

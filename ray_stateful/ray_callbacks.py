@@ -114,7 +114,7 @@ class _Guard:
         hold_s = self.timeout_s + _TEARDOWN_S
         listening = ray.get(group.execute_async(ask, self._number, change, hold_s), timeout=self.timeout_s)
         if not any(listening):
-            raise _NotSaved(f"{change}: the training function has not asked for save requests so far")
+            raise _NotSaved(f"{change}: no Checkpointer looks for requests to save, or not any more")
         while (left := deadline - time.monotonic()) > 0:
             looks = group.execute_async(wait_until_held, self._number, min(_LOOK_S, left))
             held = ray.get(looks, timeout=left + _LOOK_S)
@@ -126,6 +126,8 @@ class _Guard:
                 saved = {each.saved for each in held}
                 if None in saved:
                     raise _NotSaved(f"{change}: the save failed, see the log of the workers")
+                if not all(each.is_counted for each in held):
+                    return f"{change}: saved {saved.pop()} first, outside of this run, no step is lost"
                 if self._registered in saved:
                     return f"{change}: saved {self._registered} first, no step is lost"
             elif status.finished:

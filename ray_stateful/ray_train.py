@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import posixpath
 import sys
@@ -19,9 +18,11 @@ from typing import Any
 
 import pyarrow.fs
 
+from ray_stateful import ray_scores
 from ray_stateful.errors import ReportFailed, StorageError
 from ray_stateful.format import layout
 from ray_stateful.plain_metrics import plain_metrics
+from ray_stateful.ranks import world
 from ray_stateful.runs import DirectoryRun, Run, committed
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.pyarrow import PyarrowStorage
@@ -58,7 +59,7 @@ class RayRun:
                 f"an earlier report of this worker failed, and no later one can be made: {_failed_report}"
             )
         # Converted here, where a refusal costs nothing: a metric that Ray can't store ends its controller, and the run.
-        return plain_metrics(metrics)
+        return ray_scores.scored(plain_metrics(metrics))
 
     def report(self, prepared: dict[str, Any], name: str) -> None:
         """Report checkpoint `name` to Ray Train. It begins with a barrier: all ranks call it, or none does.
@@ -223,8 +224,10 @@ def find_run(run: Run | str | os.PathLike[str] | None) -> Run:
     """`run` itself; the run of a directory or URI; or, for `None`, that of this worker.
 
     Raises:
-        ValueError: `run` is `None`, and this process is not a Ray Train worker.
+        ValueError: `run` is `None`, and this process is not a Ray Train worker; or it is a checkpoint's directory.
+        RuntimeError: this is one of several Ray Train workers, without a process group.
     """
+    _refuse_lone_workers()
     if run is None:
         found = current_run()
         if found is None:
@@ -235,26 +238,32 @@ def find_run(run: Run | str | os.PathLike[str] | None) -> Run:
     if isinstance(run, str | os.PathLike):
         uri = os.fspath(run)
         storage, path = resolve(uri)
+        if layout.parse_name(posixpath.basename(path.rstrip("/"))) is not None:
+            shown = without_credentials(uri)
+            raise ValueError(f"run is {shown}, which is a checkpoint by its name; its run is the directory it is in")
         return DirectoryRun(storage, path, without_credentials(uri))
     return run
 
 
-def unknown_score() -> dict[str, float]:
-    """NaN, the worst score, for the metric by which Ray keeps the best checkpoints; empty where it keeps the newest.
+def _refuse_lone_workers() -> None:
+    """Refuse a Ray Train worker among others that has no process group.
 
-    Without the metric, Ray takes the score to be minus infinity; and where the lowest is the best
-    (`checkpoint_score_order`) it negates that, so the checkpoint would be the best forever.
+    Raises:
+        RuntimeError: each of them would take itself for the whole world, and save a checkpoint of its own.
     """
-    if "ray.train" not in sys.modules:
-        return {}
-    try:
-        from ray.train.v2._internal.execution.context import get_train_context
+    if "ray.train" not in sys.modules or world() is not None:
+        return
+    import ray.train
 
-        config = get_train_context().train_run_context.run_config.checkpoint_config
-        name = None if config is None else config.checkpoint_score_attribute
-    except (ImportError, AttributeError, RuntimeError):  # another version of Ray; local mode; no worker
-        return {}
-    return {} if name is None else {name: math.nan}
+    try:
+        num_workers = ray.train.get_context().get_world_size()
+    except (RuntimeError, DeprecationWarning):  # a driver; a trial of Ray Tune
+        return
+    if num_workers > 1:
+        raise RuntimeError(
+            f"Ray Train runs {num_workers} workers, and this one has no torch process group: use TorchTrainer, or call "
+            "torch.distributed.init_process_group() first"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import logging
 import posixpath
 from typing import Any
 
-from ray_stateful import ray_train
 from ray_stateful.errors import ReportFailed
 from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.report import ResumeReport
@@ -34,7 +33,7 @@ def report_late(run: Run, restored: ResumeReport, ranks: Ranks) -> None:
     outcome, prepared = Outcome(), None
     with outcome.catch():
         # Its metrics were lost with the workers that had them.
-        prepared = run.prepare_report({**ray_train.unknown_score(), "step": restored.step})
+        prepared = run.prepare_report({"step": restored.step})
     failures = ranks.failures("prepare a report", outcome)
     if not failures:
         report(run, prepared, restored.checkpoint, ranks)

@@ -23,10 +23,14 @@ DEFAULT_HOLD_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A rank waits to be taken down. `saved` names the checkpoint it saved and reported; `None` if the save failed."""
+    """A rank waits to be taken down.
+
+    `saved` names the checkpoint that it saved and reported, `None` if the save failed. `is_counted`: Ray knows of it.
+    """
 
     number: int
     saved: str | None
+    is_counted: bool = True
 
 
 @dataclass(slots=True)
@@ -54,7 +58,12 @@ def save_requested() -> int:
     return _mailbox.requested if _mailbox.requested > _mailbox.served else 0
 
 
-def hold(number: int, saved: str | None) -> None:
+def stop_listening() -> None:
+    """Say that this rank will not look for requests any more, so that nobody waits for it."""
+    _mailbox.listening = False
+
+
+def hold(number: int, saved: str | None, *, is_counted: bool = True) -> None:
     """Say that request `number` is served, and wait for the end of this process.
 
     Called on every rank, after its report. Returns if nobody takes the process down: then training goes on.
@@ -62,10 +71,11 @@ def hold(number: int, saved: str | None) -> None:
     Args:
         number: The largest that any rank had.
         saved: The name of the checkpoint that was saved and reported, `None` if that failed.
+        is_counted: Whether it was Ray that was told of it.
     """
     began, mailbox = time.monotonic(), _mailbox
     with _changed:
-        mailbox.held = Held(number, saved)
+        mailbox.held = Held(number, saved, is_counted)
         mailbox.served = max(mailbox.served, number)
         _changed.notify_all()
         logger.info("saved %s before a resize; waiting to be taken down", saved)
@@ -84,7 +94,7 @@ def ask(number: int, why: str, hold_s: float) -> bool:
         why: For the log.
 
     Returns:
-        Whether the training loop has ever looked for requests: if not, there is nothing to wait for.
+        Whether the training loop looks for requests: if it never did, or has ended, there is nothing to wait for.
     """
     with _changed:
         _mailbox.requested, _mailbox.why, _mailbox.hold_s = number, why, hold_s

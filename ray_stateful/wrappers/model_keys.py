@@ -174,6 +174,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def parts_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """The module, or the several, that were given as `model`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    parts = [model] if isinstance(model, nn.Module) or not isinstance(model, Sequence) else list(model)
+    for part in parts:
+        if not isinstance(part, nn.Module):
+            raise ValueError(f"model is an object of type {type(part).__name__}; give an nn.Module, or a list of them")
+    return parts
+
+
 def part_prefixes(parts: Sequence[nn.Module]) -> list[str]:
     """What to put before the names of each of a model's parts: nothing, unless two parts use the same name.
 

@@ -57,7 +57,7 @@ class ModelState(StrictPart):
         pp_group: dist.ProcessGroup | None = None,
         strict: bool = True,
     ) -> None:
-        self.model = [model] if isinstance(model, nn.Module) else list(model)
+        self.model = model_keys.parts_of(model)
         self.is_peft = is_peft
         self.is_init_step = is_init_step
         self.skip_task_head_prefixes = tuple(skip_task_head_prefixes or ())

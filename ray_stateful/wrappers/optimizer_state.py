@@ -53,12 +53,14 @@ class OptimizerState(StrictPart):
         cpu_offload: bool = False,
         strict: bool = True,
     ) -> None:
-        self.model = [model] if isinstance(model, nn.Module) else list(model)
+        self.model = model_keys.parts_of(model)
         self.optimizer = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         if scheduler is None:
             self.scheduler: list[Any] = []
         else:
             self.scheduler = list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
+        if any(isinstance(one, Optimizer | nn.Module) for one in self.scheduler):
+            raise ValueError("scheduler is an optimizer or a module: OptimizerState(model, optimizer, scheduler)")
         self.is_peft = is_peft
         self.cpu_offload = cpu_offload
         self.strict = strict

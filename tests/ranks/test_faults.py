@@ -5,10 +5,12 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow.fs
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -27,6 +29,7 @@ from ray_stateful.runs import DirectoryRun
 from ray_stateful.states.part import Reconciled, StrictPart
 from ray_stateful.states.random import RandomState
 from ray_stateful.storage.base import Storage
+from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import Fail, FaultyStorage, Flip, Truncate, run_ranks
 from tests.part import Part
@@ -390,7 +393,7 @@ def test_what_one_rank_alone_refuses_is_an_error_on_every_rank_and_nobody_waits(
     fine, bad = run_ranks(2, one_rank_has_no_state, str(tmp_path))
 
     assert [text.partition(":")[0] for text in bad] == ["UnsupportedState", "UnsupportedState", "ValueError"]
-    assert "a int, which has no state_dict()" in bad[0]
+    assert "an object of type int, which has no state_dict()" in bad[0]
     assert [text.partition(" can't")[0] for text in fine] == ["UnsupportedState: the state: what ranks [1] gave"] * 3
     assert list(Path(tmp_path).iterdir()) == []
 
@@ -439,6 +442,32 @@ def test_a_rank_whose_part_fails_still_meets_the_others_in_the_next_part(tmp_pat
     assert outcomes == [[SaveFailed, None, RankFailed, RankFailed, UnsupportedState]] * 2
 
 
+def save_elsewhere(root):
+    checkpoint.save({"part": Shards(1)}, step=1, run=f"{root}/{dist.get_rank() % 2}", timeout_s=20)
+
+
+def test_ranks_that_save_to_different_places_are_told_so_and_commit_nothing(tmp_path):
+    outcomes = run_ranks(WORLD, save_elsewhere, str(tmp_path))
+
+    assert [SaveFailed] * WORLD == [type(outcome) for outcome in outcomes]
+    assert all("rank 1: its run is elsewhere than rank 0's" in str(outcome) for outcome in outcomes)
+    assert list(tmp_path.rglob("manifest.json")) == []
+
+
+def save_a_bare_optimizer(path):
+    model = torch.nn.Linear(4, 4)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.save({"optimizer": optimizer}, step=1, run=path, timeout_s=20)
+
+
+def test_a_bare_optimizer_of_sharded_parameters_is_refused_when_it_is_saved_not_when_it_is_missed(tmp_path):
+    outcomes = run_ranks(2, save_a_bare_optimizer, str(tmp_path))
+
+    assert [SaveFailed] * 2 == [type(outcome) for outcome in outcomes]
+    assert all("wrap it: OptimizerState(model, optimizer)" in str(outcome) for outcome in outcomes)
+
+
 class OddKey:
     """Has an entry whose name is no text, on one rank."""
 
@@ -465,8 +494,10 @@ def test_a_name_that_is_no_text_on_one_rank_fails_the_save_on_every_rank(tmp_pat
 
 def save_on_a_disk_of_its_own(root):
     own = f"{root}/{dist.get_rank()}"
+    Path(own).mkdir()
+    disk = PyarrowStorage(pyarrow.fs.SubTreeFileSystem(own, pyarrow.fs.LocalFileSystem()))
     try:
-        checkpoint.save({"part": Shards(1)}, step=1, run=own, timeout_s=20)
+        checkpoint.save({"part": Shards(1)}, step=1, run=DirectoryRun(disk, "run", "run"), timeout_s=20)
     except SaveFailed as error:
         return error.phase, str(error), sorted(path.name for path in Path(own).rglob("*") if path.is_file())
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging.handlers
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ray.train.v2._internal.execution.train_fn_utils import set_train_fn_utils
 from ray_stateful import ray_train
 from ray_stateful.checkpoint import restore, save
 from ray_stateful.errors import ReportFailed, SaveFailed, StorageError
-from ray_stateful.format.layout import MANIFEST
+from ray_stateful.format.layout import MANIFEST, parse_name
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage.pyarrow import PyarrowStorage
 
@@ -294,27 +295,54 @@ def _commit_without_a_report(config):
     run = ray_train.current_run()
     unheard = DirectoryRun(run.storage, run.path, run.uri)
     names = [save({"value": _Value(1)}, {"loss": 0.5}, step=1).name]
-    score = ray_train.unknown_score()
     names.append(save({"value": _Value(2)}, step=2, run=unheard).name)
     # The second time Ray's list may not have it yet; to report it again would be R4.
     steps = [restore({"value": _Value(0)}).step for _ in range(2)]
     names.append(save({"value": _Value(3)}, step=3, run=unheard).name)
     # On purpose, whatever the reason: that is not where the run is.
     steps.append(restore({"value": _Value(0)}, checkpoint=names[2]).step)
-    return names, steps, score
+    return names, steps
 
 
 def test_what_was_committed_and_never_reported_is_reported_once_when_the_run_goes_on_from_it(fit, tmp_path):
     keep = CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="loss", checkpoint_score_order="min")
     result = fit(_commit_without_a_report, trainer=TorchTrainer, checkpoint_config=keep)
 
-    names, steps, score = result.return_value
+    names, steps = result.return_value
     assert steps == [2, 2, 3]
     assert Path(result.checkpoint.path).name == names[1]
     # Ray counts it, and takes it neither for the best one nor for one without a score.
     assert [checkpoint.path.rpartition("/")[2] for checkpoint, _ in result.best_checkpoints] == [names[0]]
-    assert (list(score), list(result.metrics), result.metrics["step"]) == (["loss"], ["loss", "step"], 2)
+    assert result.metrics == {"step": 2, "loss": sys.float_info.max}
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint_s*")) == names
+
+
+def _without_a_group(config):
+    with pytest.raises(RuntimeError, match="Ray Train runs 2 workers, and this one has no torch process group"):
+        save({"value": _Value(1)}, step=1)
+    return "refused"
+
+
+def test_a_worker_among_others_without_a_process_group_does_not_save_for_itself(fit, tmp_path):
+    assert fit(_without_a_group).return_value == "refused"
+    assert list((tmp_path / "run").glob("checkpoint_s*")) == []
+
+
+def _without_a_score(config):
+    begun = restore({"value": _Value(0)})
+    step = 1 if begun is None else begun.step + 1
+    for metrics in ({"loss": float("nan")}, {"loss": None}, {}, {"loss": 0.5}):
+        save({"value": _Value(step)}, metrics, step=step)
+        step += 1
+
+
+def test_a_run_that_reported_no_score_or_a_nan_can_be_started_again_and_keeps_the_best(fit, tmp_path):
+    keep = CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="loss", checkpoint_score_order="min")
+    # A driver of its own each time: it loads what the one before has written.
+    for last in (4, 8):
+        result = fit(_without_a_score, trainer=TorchTrainer, checkpoint_config=keep)
+        assert parse_name(Path(result.checkpoint.path).name).step == last
+        assert result.best_checkpoints[-1][1]["loss"] == 0.5
 
 
 def _in_local_mode(config):

@@ -181,7 +181,7 @@ def test_a_training_function_that_never_looks_is_not_waited_for(cluster, said):
     _resize(ResizeGuard(timeout_s=60), group)
 
     assert [level for level, _ in said] == ["warning"]
-    assert "has not asked for save requests" in said[0][1]
+    assert "no Checkpointer looks for requests to save" in said[0][1]
     assert group.polls == 0
 
 
@@ -221,6 +221,19 @@ def test_a_rank_that_holds_is_not_enough_ray_must_have_registered_what_it_saved(
     _resize(guard, _Group(), lambda guard: guard.after_report(training_report=report, metrics=[]))
 
     assert [each for each, _ in said] == [level]
+
+
+def test_what_was_saved_where_ray_does_not_count_is_not_waited_for(cluster, said):
+    save_requests.save_requested()
+    threading.Thread(
+        target=save_requests.hold, args=(1, "elsewhere"), kwargs={"is_counted": False}, daemon=True
+    ).start()
+    assert save_requests.wait_until_held(1, 30.0)
+    _resize(ResizeGuard(timeout_s=60), group := _Group())
+
+    assert [each for each, _ in said] == ["info"]
+    assert "saved elsewhere first, outside of this run" in said[0][1]
+    assert group.polls == 1
 
 
 def test_a_ray_without_the_hooks_gets_a_callback_that_does_nothing_and_says_so():

@@ -4,9 +4,11 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from ray_stateful import Checkpointer, checkpointer
+from ray_stateful import Checkpointer, checkpointer, save
+from ray_stateful.errors import UnsupportedState
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import Fail, FaultyStorage
@@ -43,6 +45,46 @@ def interrupted_step(saver, at):
     finally:
         sys.settrace(before)
     return report, passed >= at
+
+
+def test_a_run_that_goes_on_without_a_restore_is_warned_that_its_steps_will_be_lost(tmp_path, caplog):
+    saver = saver_of(tmp_path, orphans_after_s=None)
+    saver.step_count = 59
+    saver.step()
+    saver.save()
+    for restores in (True, False):
+        again = saver_of(tmp_path, orphans_after_s=None, every_n_steps=1)
+        if restores:
+            again.restore()
+        again.step()
+        for thread in threading.enumerate():
+            if thread.name == "newest":
+                thread.join(30.0)
+        warned = [record.message for record in caplog.records if "without a restore" in record.message]
+        assert len(warned) == (not restores)
+    assert "step 1 was saved without a restore" in warned[0]
+
+
+def test_a_first_start_says_that_there_was_nothing_to_restore(tmp_path, capsys):
+    assert saver_of(tmp_path).restore() is None
+    assert "has no checkpoint yet: nothing was restored" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_no_run(tmp_path):
+    report = saver_of(tmp_path).save()
+    with pytest.raises(ValueError, match="is a checkpoint by its name; its run is the directory it is in"):
+        Checkpointer({"part": Part({"n": 1})}, run=report.uri)
+
+
+@pytest.mark.parametrize(("state", "said"), [([1], "an object of type list"), ({"a": 1}, "an object of type int")])
+def test_what_is_no_state_is_refused_in_words(tmp_path, state, said):
+    with pytest.raises(UnsupportedState, match=said):
+        save(state, step=1, run=str(tmp_path))
+
+
+def test_a_step_that_is_no_whole_number_is_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match=r"step is 1\.5; .* whole numbers"):
+        save({"part": Part({"n": 1})}, step=1.5, run=str(tmp_path))
 
 
 def test_a_request_of_a_signal_handler_is_served_by_this_step_or_the_next_wherever_it_interrupts(tmp_path):

@@ -31,6 +31,7 @@ LAYERS = [
     {"ray_callbacks", "ray_data"},
     {"ray_shards"},
     {"ray_train", "ray_meters", "plain_metrics", "save_requests"},
+    {"ray_scores"},
     {"stateful_wrappers"},
     {"runs", "stopwatch", "wrappers", "states"},
     {"storage"},
@@ -84,6 +85,7 @@ def test_only_the_ray_modules_import_ray():
         "ray_stateful.ray_callbacks",
         "ray_stateful.ray_data",
         "ray_stateful.ray_meters",
+        "ray_stateful.ray_scores",
         "ray_stateful.ray_shards",
     }
 

@@ -69,6 +69,7 @@ def test_values_of_one_number_become_python_numbers():
         ({1}, "'loss' is a builtins.set"),
         ({"a": [1, 1j]}, "'loss.a[1]' is a builtins.complex"),
         ({1: 2}, "loss: key 1 is a int"),
+        ("name\udcff", "'loss': the text 'name\\udcff' is not valid Unicode"),
     ],
 )
 def test_what_json_has_no_word_for_is_refused_by_name(value, named):

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from ray_stateful import save_requests
-from ray_stateful.save_requests import Held, ask, hold, save_requested, wait_until_held
+from ray_stateful.save_requests import Held, ask, hold, save_requested, stop_listening, wait_until_held
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,8 @@ def test_whoever_asks_hears_whether_the_training_loop_listens():
     assert not ask(1, "resize", 1.0)
     save_requested()
     assert ask(2, "resize", 1.0)
+    stop_listening()
+    assert not ask(3, "resize", 1.0)
 
 
 def test_a_rank_that_holds_says_what_it_saved_and_goes_on_at_the_end_of_its_patience():

@@ -306,6 +306,23 @@ def test_parts_with_names_of_their_own_share_a_name_space_and_parts_without_get_
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(saved, fresh, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda model, optimizer: ModelState(optimizer), "model is an object of type SGD"),
+        (lambda model, optimizer: ModelState(model.state_dict()), "model is an object of type OrderedDict"),
+        (lambda model, optimizer: ModelState([model, "x"]), "model is an object of type str"),
+        (lambda model, optimizer: OptimizerState(optimizer, model), "model is an object of type SGD"),
+        (lambda model, optimizer: OptimizerState(model, optimizer, optimizer), "scheduler is an optimizer"),
+    ],
+    ids=["optimizer", "state dict", "one of two", "swapped", "scheduler"],
+)
+def test_what_is_no_model_or_no_scheduler_is_refused_when_it_is_wrapped(build, said):
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=said):
+        build(model, torch.optim.SGD(model.parameters()))
+
+
 def two_stages(*numbers):
     stages = [nn.ModuleDict({name: nn.Linear(2, 2)}) for name in ("first", "second")]
     for stage, number in zip(stages, numbers, strict=True):

@@ -22,7 +22,6 @@ from ray_stateful import ray_scores
 from ray_stateful.errors import ReportFailed, StorageError
 from ray_stateful.format import layout
 from ray_stateful.plain_metrics import plain_metrics
-from ray_stateful.ranks import world
 from ray_stateful.runs import DirectoryRun, Run, committed
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.pyarrow import PyarrowStorage
@@ -251,12 +250,15 @@ def _refuse_lone_workers() -> None:
     Raises:
         RuntimeError: each of them would take itself for the whole world, and save a checkpoint of its own.
     """
-    if "ray.train" not in sys.modules or world() is not None:
+    if "ray.train" not in sys.modules:
         return
-    import ray.train
+    from ray.train import get_context
+
+    # Here, as the commands get by without torch.
+    from ray_stateful.ranks import world
 
     try:
-        num_workers = ray.train.get_context().get_world_size()
+        num_workers = get_context().get_world_size() if world() is None else 0
     except (RuntimeError, DeprecationWarning):  # a driver; a trial of Ray Tune
         return
     if num_workers > 1:

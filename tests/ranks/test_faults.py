@@ -243,7 +243,7 @@ def restore_past_damage(root):
     return report.step, len(report.rejected), fresh["part"].holds(1)
 
 
-@pytest.mark.parametrize(("older", "newer"), [(1, 2), (2, 1), (3, 1), (2, 3)])
+@pytest.mark.parametrize(("older", "newer"), [(1, 2), (2, 1)])
 def test_an_intact_checkpoint_of_a_different_number_of_ranks_is_taken_after_a_damaged_one(tmp_path, older, newer):
     for step, size in ((1, older), (2, newer)):
         assert run_ranks(size, save_with_streams, str(tmp_path), step) == [None] * size

@@ -271,7 +271,8 @@ def test_the_phases_of_a_save_in_the_foreground_are_the_time_that_training_stood
 
     assert list(report.seconds_by_phase) == ["agree", "collect", "plan", "write", "wait", "commit", "report"]
     assert report.stalled_s == pytest.approx(sum(report.seconds_by_phase.values()))
-    assert report.stalled_s <= report.seconds
+    # To the commit: training waits for the report as well.
+    assert report.stalled_s - report.seconds_by_phase["report"] <= report.seconds
 
 
 def test_a_background_save_stops_training_for_its_copy_its_report_and_what_training_waits_for_it(tmp_path, caplog):
@@ -330,6 +331,7 @@ def test_what_goes_wrong_with_metrics_is_said_once_with_its_cause_and_costs_no_s
     monkeypatch.setattr(ray_meters, "_has_failed", False)
     monkeypatch.setattr(ray_meters, "_give", broken)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(__version__="0", is_initialized=lambda: True))
+    monkeypatch.delitem(sys.modules, "ray.train", raising=False)
 
     for step in (1, 2):
         checkpoint.save({"part": Part()}, step=step, run=str(tmp_path))

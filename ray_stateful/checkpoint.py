@@ -45,7 +45,7 @@ from ray_stateful import candidates, collector, meters, parts, ray_train, report
 from ray_stateful import initial as initial_weights
 from ray_stateful.candidates import Candidate, Rejected
 from ray_stateful.errors import NoIntactCheckpoint, SaveFailed, UnevenSteps
-from ray_stateful.format.checksums import checksum
+from ray_stateful.format.checksums import digest_number
 from ray_stateful.format.layout import MAX_STEP, CheckpointName
 from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Failure, Outcome, Ranks, current_rank
@@ -214,7 +214,7 @@ class Saving:
                 structure = structure_digest(planner.describe(), ranks.world_size)
                 shared = planner.shared_tensors(), planner.shared_values()
                 digests = [structure, *map(entries_digest, shared)]
-        place = int(checksum(run.path.encode()), 16) >> 1
+        place = digest_number(run.path.encode())
         failures, rows = ranks.share("compare plans", outcome, [int(secrets.token_hex(3), 16), *digests, place])
         self._name = str(CheckpointName(self._step, f"{rows[0][0]:06x}"))
         path = posixpath.join(run.path, self._name)

@@ -16,7 +16,7 @@ from typing import Any
 from ray_stateful import meters, parts, restoring
 from ray_stateful.candidates import Rejected
 from ray_stateful.errors import DamagedCheckpoint, NoInitialWeights, StateMismatch
-from ray_stateful.format.checksums import checksum
+from ray_stateful.format.checksums import digest_number
 from ray_stateful.ranks import Outcome, Ranks
 from ray_stateful.report import PartReport, ResumeReport
 from ray_stateful.runs import DirectoryRun, Run
@@ -47,7 +47,7 @@ def check(state: parts.State, checkpoint: Any) -> None:
 
 def digest(source: Any) -> int:
     """63 bits that identify a checkpoint or weights, to be compared between ranks; 0 for `None`."""
-    return 0 if source is None else int(checksum(_place(source).encode()), 16) >> 1 | 1
+    return 0 if source is None else digest_number(_place(source).encode()) | 1
 
 
 def refuse_different(argument: str, source: Any, digests: Sequence[int]) -> None:

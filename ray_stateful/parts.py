@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.format import layout, values
-from ray_stateful.format.checksums import checksum
+from ray_stateful.format.checksums import digest_number
 from ray_stateful.format.manifest import MAX_TEXT_LENGTH
 from ray_stateful.format.rows import KeyPath, StoredChunk, tree_row
 from ray_stateful.ranks import Outcome, Ranks
@@ -198,7 +198,7 @@ def _is_text(name: str) -> bool:
 
 def _names_digest(state: State) -> int:
     """63 bits of the names of the parts, to be compared between ranks."""
-    return int(checksum("\n".join(sorted(state)).encode()), 16) >> 1
+    return digest_number("\n".join(sorted(state)).encode())
 
 
 def _of_part(name: str, part: Any, rank: int) -> Any:

@@ -16,7 +16,7 @@ from ray_stateful.candidates import Candidate, Rejected, agree
 from ray_stateful.errors import DamagedCheckpoint, ResizeRefused, StateMismatch
 from ray_stateful.filling import EveryRank, Filled, fill, fill_rank_part, fill_strict, problem_of_kind
 from ray_stateful.format import layout
-from ray_stateful.format.checksums import checksum
+from ray_stateful.format.checksums import digest_number
 from ray_stateful.outcomes import complete, foresee
 from ray_stateful.ranks import Failure, Outcome, Ranks
 from ray_stateful.report import ResumeReport
@@ -269,7 +269,7 @@ def _keys_of_strict_parts(
     strict = {name for name, part in state.items() if isinstance(part, StrictPart)}
     mine = {key: str(path[0]) for key, path in mappings.items() if path[0] in strict}
     # With data parallelism all ranks have the same keys.
-    digest = int(checksum("\n".join(sorted(mine)).encode()), 16) >> 1
+    digest = digest_number("\n".join(sorted(mine)).encode())
     digests = ranks.raise_if_any_failed("collect the state", outcome, [digest])
     if all(other == digests[0] for other in digests):
         return mine

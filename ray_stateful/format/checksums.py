@@ -32,6 +32,11 @@ def block_bytes_for(num_bytes: int) -> int:
     return max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, 1 << max(0, best.bit_length() - 1)))
 
 
+def digest_number(data: Buffer) -> int:
+    """63 bits of the checksum of `data`, as ranks send them to each other to compare what they have."""
+    return int(checksum(data), 16) >> 1
+
+
 def num_blocks(num_bytes: int, block_bytes: int) -> int:
     """How many blocks a chunk has; the last one may be short."""
     return -(-num_bytes // block_bytes)

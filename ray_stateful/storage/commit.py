@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from ray_stateful import collector
 from ray_stateful.errors import DamagedCheckpoint, StorageError, UnsupportedState
 from ray_stateful.format import index, layout
-from ray_stateful.format.checksums import checksum
+from ray_stateful.format.checksums import checksum, digest_number
 from ray_stateful.format.chunks import coverage_problems
 from ray_stateful.format.manifest import Manifest, StoredFile
 from ray_stateful.format.rows import StoredChunk
@@ -149,7 +149,7 @@ def places_digest(results: Sequence[WriteResult]) -> int:
         )
         for row in _rows(results)
     ]
-    return int(checksum(repr(places).encode("utf-8", "surrogatepass")), 16) >> 1
+    return digest_number(repr(places).encode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True, slots=True)

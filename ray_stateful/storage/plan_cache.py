@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from ray_stateful.format.checksums import checksum
+from ray_stateful.format.checksums import digest_number
 from ray_stateful.storage.commit import Committed
 
 
@@ -63,7 +63,7 @@ def entries_digest(entries: Mapping[str, str]) -> int:
 
 def _digest(texts: Iterable[str]) -> int:
     # Joined by a byte that no UTF-8 text has: different lists never give the same bytes.
-    return int(checksum(b"\xff".join(text.encode("utf-8", "surrogatepass") for text in texts)), 16) >> 1
+    return digest_number(b"\xff".join(text.encode("utf-8", "surrogatepass") for text in texts))
 
 
 def agree(digests: Sequence[int]) -> bool:

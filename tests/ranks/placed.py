@@ -7,20 +7,11 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from ray_stateful.states.part import Reconciled, StrictPart
 
 
-class Placed(StrictPart):
-    """The tensors `values`, placed over a mesh; scalars and `plain` are ordinary tensors.
+class Whole(StrictPart):
+    """A part of the tensors it was given, which are filled where they are."""
 
-    What has no second dim is replicated where others are sharded along it.
-    """
-
-    def __init__(self, values, mesh_shape, placements, filled):
-        mesh = init_device_mesh("cpu", mesh_shape)
-        self.values, self.tensors = values, {}
-        for name, value in values.items():
-            mine = value.clone() if filled else torch.zeros_like(value)
-            here = placements if value.dim() > 1 else [Replicate() if p == Shard(1) else p for p in placements]
-            is_plain = name == "plain" or value.dim() == 0
-            self.tensors[name] = mine if is_plain else distribute_tensor(mine, mesh, here)
+    def __init__(self, tensors):
+        self.tensors = tensors
 
     def state_dict(self):
         return self.tensors
@@ -30,6 +21,23 @@ class Placed(StrictPart):
 
     def reconcile(self, missing, unexpected):
         return Reconciled(problems=tuple(sorted(missing | unexpected)))
+
+
+class Placed(Whole):
+    """The tensors `values`, placed over a mesh; scalars and `plain` are ordinary tensors.
+
+    What has no second dim is replicated where others are sharded along it.
+    """
+
+    def __init__(self, values, mesh_shape, placements, filled):
+        mesh = init_device_mesh("cpu", mesh_shape)
+        super().__init__({})
+        self.values = values
+        for name, value in values.items():
+            mine = value.clone() if filled else torch.zeros_like(value)
+            here = placements if value.dim() > 1 else [Replicate() if p == Shard(1) else p for p in placements]
+            is_plain = name == "plain" or value.dim() == 0
+            self.tensors[name] = mine if is_plain else distribute_tensor(mine, mesh, here)
 
     def is_right(self):
         found = {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in self.tensors.items()}

@@ -14,11 +14,10 @@ from ray_stateful import Checkpointer, ModelState, RandomState, checkpoint
 from ray_stateful.errors import NoIntactCheckpoint, RankFailed
 from ray_stateful.ranks import Ranks
 from ray_stateful.runs import DirectoryRun
-from ray_stateful.states.part import Reconciled, StrictPart
 from ray_stateful.storage import sharing
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import FaultyStorage, Flip, run_ranks
-from tests.ranks.placed import Placed, counted
+from tests.ranks.placed import Placed, Whole, counted
 
 SHAPES = {"large": (4096, 64), "uneven": (37, 5), "one_row": (1, 8), "scalar": (), "bfloat16": (300, 2), "none": (0, 3)}
 
@@ -110,22 +109,6 @@ def test_replicated_tensors_are_read_once_and_sent_to_the_other_replicas(tmp_pat
             assert bytes_read <= 1.02 * bytes_wanted or case[1] == [Shard(0), Shard(1)], case
             assert "x of what this world needs" in of_part
         assert outcome[-1] == "NoIntactCheckpoint"
-
-
-class Whole(StrictPart):
-    """A part whose tensors every rank holds whole, and which are filled where they are."""
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-
-    def state_dict(self):
-        return self.tensors
-
-    def load_state_dict(self, state_dict):
-        pass
-
-    def reconcile(self, missing, unexpected):
-        return Reconciled(problems=tuple(sorted(missing | unexpected)))
 
 
 LAYOUTS = {

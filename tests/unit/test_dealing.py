@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from ray_stateful.format.chunks import Box
 from ray_stateful.format.manifest import Manifest
-from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage.dealing import Deal, Span, between, is_small, pays, weigh, window, window_bytes
 from ray_stateful.storage.ranges import ReadLimits
+from tests.rows import tensor_row
 
 MIB = 1 << 20
 MANIFEST = Manifest(step=1, samples=0, world_size=4, attempt="abcdef", parts=(), files={})
@@ -26,25 +26,9 @@ SPANS = st.lists(
 ).map(sorted)
 
 
-def chunk(sizes, dtype="float32"):
-    return StoredChunk(
-        key="t",
-        path=("part", "t"),
-        dtype=dtype,
-        shape=sizes,
-        box=Box((0,) * len(sizes), sizes),
-        file="__0_0.distcp",
-        item_offset=0,
-        item_length=1 << 40,
-        data_offset=0,
-        block_bytes=1024,
-        checksums=b"",
-    )
-
-
 def restored(file, first, stop):
     """A chunk that is bytes `first` to `stop` of a file."""
-    return replace(chunk((stop - first,), "uint8"), file=file, data_offset=first)
+    return replace(tensor_row((stop - first,), "uint8"), file=file, data_offset=first)
 
 
 def runs_of(deal, positions, world_size):
@@ -109,7 +93,7 @@ def test_windows_hold_every_span_once_and_no_more_bytes_than_they_may(spans, max
     ],
 )
 def test_passing_on_pays_where_each_request_it_saves_is_for_few_bytes(sizes, wanted, passed_on):
-    weight = weigh((chunk(sizes), box) for box in wanted)
+    weight = weigh((tensor_row(sizes), box) for box in wanted)
 
     assert weight[1] == 4 * sum(box.num_elements for box in wanted)
     nothing, others = (0, 0), (10_000, 10_000)
@@ -122,7 +106,7 @@ def test_passing_on_pays_where_each_request_it_saves_is_for_few_bytes(sizes, wan
 
 
 def test_a_long_run_of_bytes_has_a_request_of_its_own():
-    rows = chunk((4096, 256))
+    rows = tensor_row((4096, 256))
     assert is_small(rows, Box((0, 0), (1023, 256)))
     assert not is_small(rows, Box((0, 0), (1024, 256)))
     # The left half of a row is a run of its own, whatever the number of rows.

@@ -5,29 +5,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ray_stateful.format.chunks import Box
-from ray_stateful.format.rows import StoredChunk
 from ray_stateful.storage import sharing
 from ray_stateful.storage.reading import Request
+from tests.rows import tensor_row
 
 
 def request_of(number, tensor):
-    shape = tuple(tensor.shape)
-    box = Box((0,) * len(shape), shape)
-    row = StoredChunk(
-        key=f"k{number:05}",
-        path=("part", f"k{number:05}"),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=shape,
-        box=box,
-        file="__0_0.distcp",
-        item_offset=0,
-        item_length=1 << 40,
-        data_offset=0,
-        block_bytes=1024,
-        checksums=b"",
-    )
-    return Request(row, box, tensor)
+    row = tensor_row(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), f"k{number:05}")
+    return Request(row, row.box, tensor)
 
 
 def shared_by_two(tensors):

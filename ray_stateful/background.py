@@ -104,20 +104,18 @@ class BackgroundSaver:
             waited_s = time.monotonic() - began
             raise RankTimeout("end a background save", self._ranks.rank, waited_s, "its thread is still writing")
 
-    def leave(self) -> None:
+    def leave(self, advice: str = "") -> None:
         """Give up the save in flight unless it ends within `_LEAVE_S`. Local; this rank saves no more."""
-        if self._thread is not None:
-            self._thread.join(_LEAVE_S)
-            # A write in progress can't be stopped from here. When it ends the thread ends too, at its next collective.
-            self._ranks.left.set()
-            if self._outcome.error is not None:
-                # Nobody will ask for it: the interpreter lets no thread start any more, so a save that had not begun to
-                # write fails even if nothing is wrong with it.
-                logger.error(
-                    "a background save was not finished when this process left it: %s; end the `with` block of the "
-                    "Checkpointer, or call wait(), before the process ends",
-                    self._outcome.error,
-                )
+        if self._thread is None:
+            return
+        is_first = not self._ranks.left.is_set()
+        self._thread.join(_LEAVE_S)
+        # A write in progress can't be stopped from here. When it ends the thread ends too, at its next collective.
+        self._ranks.left.set()
+        error = "it is still being written" if self._thread.is_alive() else self._outcome.error
+        if is_first and error is not None:
+            # Nobody will ask for it.
+            logger.error("a background save was not finished when this process left it: %s%s", error, advice)
 
     def finish(self, ranks: Ranks) -> SaveReport:
         """Report the save, or raise what it ended with. Collective; only when every rank's thread has ended.
@@ -154,7 +152,9 @@ _savers: weakref.WeakSet[BackgroundSaver] = weakref.WeakSet()
 
 def _leave_all() -> None:
     for saver in list(_savers):
-        saver.leave()
+        # By now the interpreter lets no thread start any more, so a save that had not begun to write fails even if
+        # nothing is wrong with it.
+        saver.leave("; end the `with` block of the Checkpointer, or call wait(), before the process ends")
 
 
 atexit.register(_leave_all)

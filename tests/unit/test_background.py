@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from ray_stateful import Checkpointer, checkpoint, checkpointer
+from ray_stateful import Checkpointer, background, checkpoint, checkpointer
 from ray_stateful.background import BackgroundSaver
 from ray_stateful.errors import RankTimeout
 from ray_stateful.format import layout
@@ -177,6 +177,36 @@ def test_a_process_that_ends_before_its_save_has_begun_to_write_says_that_it_was
     assert done.returncode == 3
     assert list(tmp_path.glob("*/manifest.json")) == []
     assert "a background save was not finished when this process left it" in done.stderr
+    assert "call wait()" in done.stderr
+
+
+def fail_after_a_step(saver, wait_s):
+    with saver:
+        saver.step()
+        saver._background._thread.join(wait_s)
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(("fault", "why"), [(Fail, "denied"), (Hang, "it is still being written")])
+def test_a_block_that_fails_says_once_that_its_save_in_flight_was_not_finished(
+    tmp_path, monkeypatch, caplog, fault, why
+):
+    monkeypatch.setattr(background, "_LEAVE_S", 0.2)
+    storage, path = resolve(str(tmp_path))
+    details = {"error": PermissionError("denied")} if fault is Fail else {}
+    faulty = FaultyStorage(storage.inner, [fault("write", path="manifest", **details)])
+    saver = Checkpointer({"part": Cloning()}, every_n_steps=1, background=True, run=DirectoryRun(faulty, path, path))
+    try:
+        with pytest.raises(ZeroDivisionError):
+            fail_after_a_step(saver, wait_s=None if fault is Fail else 0.2)
+        saver._background.leave()  # as at the end of the process
+    finally:
+        faulty.release()
+
+    (said,) = [record.getMessage() for record in caplog.records if "was not finished" in record.getMessage()]
+    assert why in said
+    # The block has ended: there is nothing that its author forgot.
+    assert "call wait()" not in said
 
 
 def test_a_metric_is_what_it_was_at_its_step_although_its_tensor_goes_on(tmp_path):

@@ -24,6 +24,7 @@ from ray_stateful.checkpoint import restore as _restore
 from ray_stateful.decisions import Decision, Reason, decide
 from ray_stateful.errors import SaveFailed
 from ray_stateful.format.layout import parse_name
+from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks, current_rank, world
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.runs import Run
@@ -189,6 +190,8 @@ class Checkpointer:
 
         Raises:
             UnsupportedState: some rank's state is not valid, or has different parts; on every rank, at the first step.
+            ValueError: the first metrics are not plain values, on the ranks that gave them; on the others it is
+                `UnsupportedState`.
             UnevenSteps: ranks have counted different numbers of steps, or some are at the end; on every rank.
             UnmatchedCalls: some rank made a different call; on every rank.
             SaveFailed: on every rank, at the failure that follows `soft_fail` failed saves in a row.
@@ -197,12 +200,14 @@ class Checkpointer:
         """
         self._check_world()
         self.step_count += 1
+        # The first are checked here: the first save, which would refuse them, may come hours later.
+        first = metrics if self._metrics is None else None
         self._metrics = metrics
         for name in sorted(self.state):
             on_step = getattr(self.state[name], "on_step", None)
             if on_step is not None:
                 on_step(step=self.step_count)
-        decision = self._agree(self._wishes())
+        decision = self._agree(self._wishes(), first)
         report = None
         if self._background is not None and self._background.busy and decision.written:
             report = self._softly(self._finish)
@@ -286,13 +291,18 @@ class Checkpointer:
             return Reason(0)
         return Reason.REQUEST
 
-    def _agree(self, mine: Reason) -> Decision:
-        """Tell the others what this rank would like; the decision is the same on all ranks."""
+    def _agree(self, mine: Reason, metrics: Mapping[str, Any] | None = None) -> Decision:
+        """Tell the others what this rank would like, or that its state or `metrics` are not valid.
+
+        The decision is the same on all ranks.
+        """
         written = self._background is not None and self._background.written
         wish = [self.step_count, int(mine), save_requests.save_requested(), int(written)]
         outcome = Outcome()
         with outcome.catch():
             parts.check(self.state)
+            if metrics is not None:
+                plain_metrics(metrics)
         everyone = parts.share_names(self._ranks, "decide whether to save", self.state, outcome, wish)
         decision = decide([row[:-1] for row in everyone])
         # A save in the background does not compare names again: what it collects, all ranks must have.

@@ -76,7 +76,8 @@ def test_saves_at_intervals_on_one_ranks_request_and_at_the_end_and_goes_on_coun
 
 
 def metrics_that_are_none(run, background):
-    saver = Checkpointer({"counter": Counter()}, every_n_steps=1, background=background, run=run, timeout_s=20)
+    saver = Checkpointer({"counter": Counter()}, every_n_steps=2, background=background, run=run, timeout_s=20)
+    saver.step({"loss": 1.0})
     try:
         saver.step({"loss": 1.0} if dist.get_rank() == 0 else 1.0)
         saver.wait()
@@ -84,13 +85,34 @@ def metrics_that_are_none(run, background):
         return error.causes
 
 
-def metrics_that_are_none_in_both_ways(run):
-    return [metrics_that_are_none(run, background) for background in (False, True)]
+def first_metrics_that_are_none(run):
+    """What steps are told that come after one without metrics, when no save is due."""
+    saver = Checkpointer({"counter": Counter()}, every_n_steps=100, run=run, timeout_s=20)
+    saver.step()
+    told = []
+    for wrong in (1.0, {"loss": torch.zeros(2)}):
+        try:
+            saver.step(wrong if dist.get_rank() == 1 else None)
+        except (UnsupportedState, ValueError) as error:
+            told.append(str(error))
+        saver = Checkpointer({"counter": Counter()}, every_n_steps=100, run=run, timeout_s=20)
+    return told
 
 
-def test_metrics_that_are_no_dict_on_one_rank_fail_the_save_on_every_rank(tmp_path):
-    why = "ValueError: metrics are a float; give a dict of numbers and strings by name"
-    assert run_ranks(2, metrics_that_are_none_in_both_ways, str(tmp_path)) == [[{1: why}] * 2] * 2
+def metrics_that_are_none_in_all_ways(run):
+    return [metrics_that_are_none(run, background) for background in (False, True)], first_metrics_that_are_none(run)
+
+
+def test_metrics_that_are_none_on_one_rank_end_the_step_if_they_are_the_first_and_fail_the_save_on_every_rank(tmp_path):
+    first, second = run_ranks(2, metrics_that_are_none_in_all_ways, str(tmp_path))
+
+    why = "metrics are a float; give a dict of numbers and strings by name"
+    assert first[0] == second[0] == [{1: f"ValueError: {why}"}] * 2
+    assert len(first[1]) == 2
+    assert all("what ranks [1] gave" in told for told in first[1])
+    assert second[1][0] == why
+    assert "metric 'loss' is a torch.Tensor of shape (2,)" in second[1][1]
+    assert list(tmp_path.glob("*/manifest.json")) == []
 
 
 def calls_that_do_not_match(run):

@@ -60,7 +60,7 @@ def check_name(name: Any) -> None:
         raise UnsupportedState(f"{name[:40]!a}...", found, f"use a name of {MAX_TEXT_LENGTH:,} at most")
 
 
-def collect(state: State, rank: int, outcome: Outcome) -> dict[str, Any]:
+def collect(state: State, rank: int, outcome: Outcome, *, is_save: bool = False) -> dict[str, Any]:
     """The state dict to save or to fill.
 
     All parts are asked, in the order of their names, even if one of them raises: some call collectives, so every rank
@@ -70,6 +70,9 @@ def collect(state: State, rank: int, outcome: Outcome) -> dict[str, Any]:
     for name in sorted(state):
         with outcome.catch():
             collected[name] = _of_part(name, state[name], rank)
+            check_saving = getattr(state[name], "check_saving", None) if is_save else None
+            if check_saving is not None:
+                check_saving()
     return collected
 
 

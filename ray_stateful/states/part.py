@@ -9,6 +9,8 @@ key, one copy for all ranks, and gets back what was saved, structure included. T
 Any part may also have
 
     describe() -> str                             one line for the resume report, asked after loading
+    check_saving() -> None                        raises `UnsupportedState` if what `state_dict` has just returned must
+                                                  not be saved, though it may be loaded into
     check_saved(saved) -> tuple[str, ...]         what keeps `saved` (tensors in it not yet filled) from being loaded,
                                                   one line each; asked before anything is loaded
     check_resized(saved) -> tuple[str, ...]       the same, asked of a `RankPart` at a different world size: `saved`

@@ -23,33 +23,35 @@ def is_extra(key: str) -> bool:
     return EXTRA_STATE in key.split(".")
 
 
-def joined(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The entries of all parts of a model, as they are stored.
+def joined(entries: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """The entries of all parts of a model, as they are stored; and the keys under which two parts differ.
 
     Stages of a pipeline may each have a buffer of the same name, the frequencies of a rotary embedding for example. It
     is stored once, so that the stages may be cut differently when they are loaded.
 
     Raises:
-        UnsupportedState: two parts have different values under one key, of which one would be lost; or as `stored`.
+        UnsupportedState: as `stored`.
     """
     found: dict[str, Any] = {}
+    different: list[str] = []
     for key, value in entries:
-        if key in found and _differ(found[key], value):
-            raise UnsupportedState(
-                key,
-                "an entry that two parts of the model have, with different values,",
-                "give each of them a ModelState of its own, or name the entries apart",
-            )
+        # Extra state may differ at any load.
+        if key in found and not is_extra(key) and _differ(found[key], value):
+            different.append(key)
         found[key] = value
-    return {key: stored(key, value) for key, value in found.items()}
+    return {key: stored(key, value) for key, value in found.items()}, different
 
 
 def _differ(one: Any, other: Any) -> bool:
-    one, other = (value.to_local() if isinstance(value, DTensor) else value for value in (one, other))
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        # A parameter that two parts share is the same tensor in both.
-        return one.is_meta is False and one.data_ptr() != other.data_ptr() and not torch.equal(one, other)
-    return bool(one != other)
+    one, other = (value.to_local() if isinstance(value, DTensor) else value for value in map(as_dtensor, (one, other)))
+    if not all(isinstance(value, torch.Tensor) and _is_strided(value) for value in (one, other)):
+        return False
+    # A parameter that two parts share is the same tensor in both; and parts may be on different devices.
+    return one.data_ptr() != other.data_ptr() and not torch.equal(one, other.to(one.device))
+
+
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta
 
 
 def stored(key: str, value: Any) -> Any:
@@ -74,7 +76,7 @@ def stored(key: str, value: Any) -> Any:
 
 
 def _repeats_itself(tensor: torch.Tensor) -> bool:
-    if tensor.is_contiguous() or tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
         return False
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 

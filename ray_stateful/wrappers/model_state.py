@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ray_stateful.errors import UnsupportedState
 from ray_stateful.ranks import on_host
 from ray_stateful.states.part import Reconciled, StrictPart
 from ray_stateful.wrappers import adapters, dense, model_keys, shards
@@ -68,6 +69,8 @@ class ModelState(StrictPart):
         self.notes: tuple[str, ...] = ()
         self._num_loaded: int | None = None
         self._is_initial = False
+        # Keys under which two parts had different values in the last `state_dict`.
+        self._different: list[str] = []
 
     def while_initial(self) -> ModelState:
         """The same model while its initial weights are loaded: without the heads of `skip_task_head_prefixes`.
@@ -84,9 +87,24 @@ class ModelState(StrictPart):
         if self._whole_adapter:
             whole = adapters.collect(self._parts(), self._pipeline())
             return {key: value for key, value in whole.items() if not self._is_skipped(key)}
-        # All parts are asked before anything is refused: FSDP1's answers are collective.
         own = [(prefix + name, value) for prefix, part in self._parts() for name, value in self._own(part).items()]
-        return dense.joined(own)
+        state, self._different = dense.joined(own)
+        return state
+
+    def check_saving(self) -> None:
+        """Refuse to save parts that have different values under one key: one of the values would be lost.
+
+        A checkpoint may be loaded into such parts: it gives all of them the same value.
+
+        Raises:
+            UnsupportedState: names the first such key of the last `state_dict`.
+        """
+        for key in self._different:
+            raise UnsupportedState(
+                key,
+                "an entry that two parts of the model have, with different values,",
+                "give each of them a ModelState of its own, or name the entries apart",
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool | None = None) -> None:
         """Load what `state_dict` returned, or the checkpoint's part of it; `state_dict` itself is not changed.

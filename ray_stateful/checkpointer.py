@@ -138,11 +138,16 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Save the last step, unless it is saved or the body raised: then nobody knows where the other ranks are."""
-        save_requests.stop_listening()
-        if kind is not None:
-            if self._background is not None:
+        try:
+            if kind is None:
+                self._end()
+            elif self._background is not None:
                 self._background.leave()
-            return
+        finally:
+            # Not sooner: ranks look for requests as often as they agree, and a resize may well wait for the last save.
+            save_requests.stop_listening()
+
+    def _end(self) -> None:
         self._check_world()
         # Once before the wait, which a rank that trains on would not be in; and once after it: if the save in flight
         # has failed, and is forgiven, a request that it was to serve still needs one.

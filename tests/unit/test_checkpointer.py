@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ray_stateful import Checkpointer, checkpointer, save
+from ray_stateful import Checkpointer, checkpointer, save, save_requests
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage.uris import resolve
@@ -97,6 +97,18 @@ def test_a_request_of_a_signal_handler_is_served_by_this_step_or_the_next_wherev
         assert saved in ([True, False, False], [False, True, False]) or not is_there, at
         at += 1
     assert at > 20
+
+
+def test_a_resize_is_heard_while_the_last_step_is_saved_and_not_after_the_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(save_requests, "_mailbox", save_requests._Mailbox())
+    heard = []
+    with saver_of(tmp_path, orphans_after_s=None) as saver:
+        saver.step()
+        save = saver.save
+        saver.save = lambda metrics: heard.append(save_requests.ask(1, "resize", 1.0)) or save(metrics)
+
+    assert heard == [True]
+    assert not save_requests.ask(2, "resize", 1.0)
 
 
 def test_a_request_whose_save_failed_and_was_forgiven_is_made_again_at_the_next_step(tmp_path):

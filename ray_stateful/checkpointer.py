@@ -338,7 +338,7 @@ class Checkpointer:
 
     def _saved(self, report: SaveReport) -> SaveReport:
         if self._saved_step is None and not self._has_restored and self._ranks.rank == 0:
-            threading.Thread(target=_warn_if_passed, args=(self._run, report.step), name="newest", daemon=True).start()
+            threading.Thread(target=self._warn_if_passed, args=(report.step,), name="newest", daemon=True).start()
         self._saved_step, self._save_s = report.step, report.seconds
         self._num_failed, self._served = 0, self._taken
         if self._orphans_after_s is not None:
@@ -394,21 +394,21 @@ class Checkpointer:
         counts = [int(part.samples) for part in self.state.values() if hasattr(part, "samples")]
         return max(counts, default=0)
 
+    def _warn_if_passed(self, step: int) -> None:
+        """Say so if the run had a later step than the one that was saved first: a `restore` was forgotten.
 
-def _warn_if_passed(run: Run, step: int) -> None:
-    """Say so if the run has a later step than the one that was saved first: a `restore` was forgotten.
-
-    The next resume takes the later step, and all that was trained since is lost.
-    """
-    outcome, newest = Outcome(), None
-    with outcome.catch():
-        newest = next(iter(run.candidates()), None)
-    parsed = None if newest is None else parse_name(newest)
-    if parsed is not None and parsed.step > step:
-        logger.warning(
-            "run %s has %s, and step %d was saved without a restore: the next resume takes the former. Call restore() "
-            "before you train, or give the run another name",
-            run.uri,
-            newest,
-            step,
-        )
+        The next resume takes the later step, and all that was trained since is lost.
+        """
+        outcome, newest = Outcome(), None
+        with outcome.catch():
+            newest = next(iter(self._run.candidates()), None)
+        parsed = None if newest is None else parse_name(newest)
+        # Training goes on meanwhile: later steps up to the present one may be its own.
+        if parsed is not None and parsed.step > self.step_count:
+            logger.warning(
+                "run %s has %s, and step %d was saved without a restore: the next resume takes the former. Call "
+                "restore() before you train, or give the run another name",
+                self._run.uri,
+                newest,
+                step,
+            )

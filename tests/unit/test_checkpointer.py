@@ -11,7 +11,7 @@ from ray_stateful import Checkpointer, checkpointer, save, save_requests
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage.uris import resolve
-from ray_stateful.testing import Fail, FaultyStorage
+from ray_stateful.testing import Delay, Fail, FaultyStorage
 from tests.part import Part
 
 # Where a signal's handler may find the training thread: in the loop's own lines, and in those of a lock.
@@ -63,6 +63,19 @@ def test_a_run_that_goes_on_without_a_restore_is_warned_that_its_steps_will_be_l
         warned = [record.message for record in caplog.records if "without a restore" in record.message]
         assert len(warned) == (not restores)
     assert "step 1 was saved without a restore" in warned[0]
+
+
+def test_a_run_is_not_warned_of_the_steps_that_it_has_saved_itself(tmp_path, caplog):
+    slow = [Delay("directories", delay_s=60.0)]
+    saver = saver_of(tmp_path, slow, orphans_after_s=None, every_n_steps=1)
+    for _ in range(2):
+        saver.step()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "newest"]
+    saver._run.storage.release()
+    thread.join(30.0)
+
+    assert not thread.is_alive()
+    assert not [record for record in caplog.records if "without a restore" in record.message]
 
 
 def test_a_first_start_says_that_there_was_nothing_to_restore(tmp_path, capsys):

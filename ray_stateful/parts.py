@@ -205,8 +205,10 @@ def _names_digest(state: State) -> int:
 
 
 def _of_part(name: str, part: Any, rank: int) -> Any:
-    if isinstance(part, Optimizer) and any(isinstance(p, DTensor) for g in part.param_groups for p in g["params"]):
-        # What it restores by itself would not be sharded, and the next step of the optimizer would fail.
+    # What comes back from torch's own state dict would not be sharded, and the next step of the optimizer would fail. A
+    # class with a state dict of its own, such as torchtitan's OptimizersContainer, sees to that itself.
+    is_torchs = isinstance(part, Optimizer) and type(part).state_dict is Optimizer.state_dict
+    if is_torchs and any(isinstance(p, DTensor) for group in part.param_groups for p in group["params"]):
         advice = "wrap it: OptimizerState(model, optimizer)"
         raise UnsupportedState(name, f"a bare {type(part).__name__} of sharded parameters", advice)
     value = part.state_dict()

@@ -9,6 +9,11 @@ import pyarrow.fs
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -454,6 +459,9 @@ def test_ranks_that_save_to_different_places_are_told_so_and_commit_nothing(tmp_
     assert list(tmp_path.rglob("manifest.json")) == []
 
 
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
 def save_a_bare_optimizer(path):
     model = torch.nn.Linear(4, 4)
     fully_shard(model)
@@ -466,6 +474,41 @@ def test_a_bare_optimizer_of_sharded_parameters_is_refused_when_it_is_saved_not_
 
     assert [SaveFailed] * 2 == [type(outcome) for outcome in outcomes]
     assert all("wrap it: OptimizerState(model, optimizer)" in str(outcome) for outcome in outcomes)
+
+
+class Container(torch.optim.Optimizer):
+    """As torchtitan has it: optimizers inside, and a state dict of its own, by name and sharded."""
+
+    def __init__(self, model):
+        self.model, self.inner = model, torch.optim.AdamW(model.parameters(), lr=0.1)
+        super().__init__(list(model.parameters()), {})
+
+    def state_dict(self):
+        return get_optimizer_state_dict(self.model, self.inner, options=_FLAT)
+
+    def load_state_dict(self, state):
+        set_optimizer_state_dict(self.model, self.inner, state, options=_FLAT)
+
+
+def container_of_a_sharded_model():
+    model = torch.nn.Linear(4, 4)
+    fully_shard(model)
+    return Container(model)
+
+
+def restore_a_container(path):
+    saved, fresh = container_of_a_sharded_model(), container_of_a_sharded_model()
+    for parameter in saved.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    saved.inner.step()
+    checkpoint.save({"optimizer": saved}, step=1, run=path, timeout_s=20)
+    checkpoint.restore({"optimizer": fresh}, run=path, timeout_s=20)
+    pairs = zip(saved.inner.state.values(), fresh.inner.state.values(), strict=True)
+    return [torch.equal(one["exp_avg"].to_local(), other["exp_avg"].to_local()) for one, other in pairs]
+
+
+def test_an_optimizer_that_has_a_sharded_state_dict_of_its_own_is_saved_and_restored(tmp_path):
+    assert run_ranks(2, restore_a_container, str(tmp_path)) == [[True, True]] * 2
 
 
 class OddKey:

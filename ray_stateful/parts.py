@@ -69,7 +69,9 @@ def collect(state: State, rank: int, outcome: Outcome, *, is_save: bool = False)
     collected: dict[str, Any] = {}
     for name in sorted(state):
         with outcome.catch():
-            collected[name] = _of_part(name, state[name], rank)
+            if is_save:
+                _refuse_sharded(name, state[name])
+            collected[name] = _of_part(state[name], rank)
             check_saving = getattr(state[name], "check_saving", None) if is_save else None
             if check_saving is not None:
                 check_saving()
@@ -204,13 +206,20 @@ def _names_digest(state: State) -> int:
     return digest_number("\n".join(sorted(state)).encode())
 
 
-def _of_part(name: str, part: Any, rank: int) -> Any:
-    # What comes back from torch's own state dict would not be sharded, and the next step of the optimizer would fail. A
-    # class with a state dict of its own, such as torchtitan's OptimizersContainer, sees to that itself.
+def _refuse_sharded(name: str, part: Any) -> None:
+    """Refuse to save a bare optimizer of sharded parameters: `UnsupportedState`.
+
+    What comes back to a fresh one would not be sharded, and its next step would fail. One that has made a step has
+    tensors to be filled, so what was saved of one can be loaded.
+    """
+    # A class with a state dict of its own, such as torchtitan's OptimizersContainer, sees to that itself.
     is_torchs = isinstance(part, Optimizer) and type(part).state_dict is Optimizer.state_dict
     if is_torchs and any(isinstance(p, DTensor) for group in part.param_groups for p in group["params"]):
         advice = "wrap it: OptimizerState(model, optimizer)"
         raise UnsupportedState(name, f"a bare {type(part).__name__} of sharded parameters", advice)
+
+
+def _of_part(part: Any, rank: int) -> Any:
     value = part.state_dict()
     if isinstance(part, RankPart):
         return ByKey({layout.rank_key(rank): value})

@@ -476,6 +476,23 @@ def test_a_bare_optimizer_of_sharded_parameters_is_refused_when_it_is_saved_not_
     assert all("wrap it: OptimizerState(model, optimizer)" in str(outcome) for outcome in outcomes)
 
 
+def restore_a_bare_optimizer(path):
+    """What an earlier version saved of a bare optimizer, into one that has made a step."""
+    saved, fresh = container_of_a_sharded_model(), container_of_a_sharded_model()
+    for number, one in enumerate((saved, fresh), start=1):
+        for parameter in one.model.parameters():
+            parameter.grad = torch.full_like(parameter, number)
+        one.inner.step()
+    checkpoint.save({"optimizer": Part(saved.inner.state_dict())}, step=1, run=path, timeout_s=20)
+    checkpoint.restore({"optimizer": fresh.inner}, run=path, timeout_s=20)
+    pairs = zip(saved.inner.state.values(), fresh.inner.state.values(), strict=True)
+    return [torch.equal(one["exp_avg"].to_local(), other["exp_avg"].to_local()) for one, other in pairs]
+
+
+def test_what_was_saved_of_a_bare_optimizer_of_sharded_parameters_can_still_be_restored(tmp_path):
+    assert run_ranks(2, restore_a_bare_optimizer, str(tmp_path)) == [[True, True]] * 2
+
+
 class Container(torch.optim.Optimizer):
     """As torchtitan has it: optimizers inside, and a state dict of its own, by name and sharded."""
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Set
 from dataclasses import astuple, replace
 from typing import Any
 
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from ray_stateful import joint_reads, matching, parts
@@ -222,7 +223,8 @@ def _refuse_without_memory(template: Mapping[str, Any]) -> None:
     """Refuse meta tensors: the planner would replace them, and what is read into its own would not reach the model."""
     for name, value in template.items():
         for key, tensor in value.items() if isinstance(value, Mapping) else ():
-            if getattr(tensor, "is_meta", False):
+            # A ShardedTensor answers for its only shard, and raises on a rank that has none.
+            if not isinstance(tensor, ShardedTensor) and getattr(tensor, "is_meta", False):
                 raise ValueError(
                     f"{name}.{key} is on the meta device, where nothing can be loaded into it: give the model memory "
                     "first, with model.to_empty(device=...)"

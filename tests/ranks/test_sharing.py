@@ -183,3 +183,30 @@ def test_tensors_beside_what_fsdp1_has_cut_are_read_once(tmp_path):
     assert [right for right, _ in outcomes] == [True, True]
     # Two tensors of 1 MiB, and 24 bytes.
     assert all((2 << 20) + 24 <= num_bytes < 1.01 * (2 << 20) for _, num_bytes in outcomes)
+
+
+def restore_where_a_rank_has_no_shard(run):
+    """The shards of two rows on three ranks, of a part that saves in the foreground, or in the background."""
+    rank, found = dist.get_rank(), []
+
+    def state(value):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch: these tensors are deprecated
+            shards = [Shard1.from_tensor_and_offsets(torch.full((1,), value), [rank], rank)] if rank < 2 else []
+            return Whole({"cut": init_from_local_shards(shards, 2)})
+
+    for background in (False, True):
+        where = f"{run}/{background}"
+        saver = Checkpointer({"part": state(7.0)}, every_n_steps=1, background=background, run=where, timeout_s=30)
+        with saver:
+            saver.step()
+        part = state(0.0)
+        checkpoint.restore({"part": part}, run=where, timeout_s=30)
+        found.append([shard.tensor.tolist() for shard in part.tensors["cut"].local_shards()])
+    return found
+
+
+def test_what_fsdp1_has_cut_is_restored_on_ranks_some_of_which_have_no_shard_of_it(tmp_path):
+    outcomes = run_ranks(3, restore_where_a_rank_has_no_shard, str(tmp_path))
+
+    assert outcomes == [[[[7.0]]] * 2, [[[7.0]]] * 2, [[], []]]

@@ -57,8 +57,9 @@ def find(run: Run | str | os.PathLike[str] | None, checkpoint: Any, timeout_s: f
     storage, path = located(checkpoint)
     directory, name = posixpath.split(path.rstrip("/"))
     there = within(DirectoryRun(storage, directory, directory), timeout_s)
-    run = run if run is not None else ray_train.current_run() or there
-    return within(ray_train.find_run(run), timeout_s), there, name
+    # Not `find_run` for the worker's own: it refuses a worker without a process group, which may well only evaluate.
+    found = ray_train.current_run() or there if run is None else ray_train.find_run(run)
+    return within(found, timeout_s), there, name
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from ray_stateful.errors import ReportFailed, SaveFailed, StorageError
 from ray_stateful.format.layout import MANIFEST, parse_name
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage.pyarrow import PyarrowStorage
+from tests.part import Part
 
 # Seconds within which a call returns that is not stranded.
 SOON_S = 3.0
@@ -367,6 +369,18 @@ def test_local_mode_saves_to_a_directory_that_the_log_names_and_finds_it_again(f
 
 
 # --- without workers -------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_without_a_process_group_may_load_a_checkpoint_that_is_named_by_its_place(tmp_path, monkeypatch):
+    saved = save({"part": Part({"n": 7})}, step=1, run=str(tmp_path))
+    # One of four that evaluate, each for itself.
+    context = SimpleNamespace(get_world_size=lambda: 4, get_storage=lambda: None)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    fresh = Part()
+    assert restore({"part": fresh}, checkpoint=saved.uri).step == 1
+    assert fresh.value == {"n": 7}
+    with pytest.raises(RuntimeError, match="this one has no torch process group"):
+        save({"part": fresh}, step=2, run=str(tmp_path))
 
 
 def test_outside_of_a_worker_there_is_no_run_and_a_directory_must_be_named(tmp_path):

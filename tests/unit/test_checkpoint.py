@@ -33,6 +33,7 @@ from ray_stateful.testing import Fail, FaultyStorage, Hang
 from ray_stateful.verify import verify
 from tests.codes import Codes, FlatCodes
 from tests.part import Part, opened
+from tests.ranks.placed import Whole
 
 # One process without a process group is what these tests are about.
 alone = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
@@ -203,6 +204,17 @@ def test_a_tensor_of_another_class_that_has_its_elements_is_saved_and_loaded_int
     checkpoint.restore({"thing": fresh}, run=str(tmp_path))
 
     assert fresh.value["t"].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_two_results_of_collectives_are_not_taken_for_one_tensor(tmp_path):
+    saved, fresh = (
+        {name: AsyncCollectiveTensor(torch.full((3,), fill)) for name, fill in (("a", a), ("b", b))}
+        for a, b in ((1.0, 2.0), (0.0, 0.0))
+    )
+    checkpoint.save({"part": Whole(saved)}, step=1, run=str(tmp_path))
+    checkpoint.restore({"part": Whole(fresh)}, run=str(tmp_path))
+
+    assert [fresh[name].tolist() for name in "ab"] == [[1.0] * 3, [2.0] * 3]
 
 
 def test_a_part_whose_name_is_no_text_is_refused(tmp_path):

@@ -337,7 +337,9 @@ class Checkpointer:
         return self._saved(self._background.finish(self._ranks))
 
     def _saved(self, report: SaveReport) -> SaveReport:
-        if self._saved_step is None and not self._has_restored and self._ranks.rank == 0:
+        # Ray resumes what was reported last, which is this; and to ask its run for candidates says that it goes on.
+        is_first = self._saved_step is None and not self._has_restored and self._ranks.rank == 0
+        if is_first and not isinstance(self._run, ray_train.RayRun):
             threading.Thread(target=self._warn_if_passed, args=(report.step,), name="newest", daemon=True).start()
         self._saved_step, self._save_s = report.step, report.seconds
         self._num_failed, self._served = 0, self._taken

@@ -23,7 +23,7 @@ from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.train_fn_utils import set_train_fn_utils
 
-from ray_stateful import ray_train
+from ray_stateful import Checkpointer, ray_train
 from ray_stateful.checkpoint import restore, save
 from ray_stateful.errors import ReportFailed, SaveFailed, StorageError
 from ray_stateful.format.layout import MANIFEST, parse_name
@@ -381,6 +381,22 @@ def test_a_worker_without_a_process_group_may_load_a_checkpoint_that_is_named_by
     assert fresh.value == {"n": 7}
     with pytest.raises(RuntimeError, match="this one has no torch process group"):
         save({"part": fresh}, step=2, run=str(tmp_path))
+
+
+def test_a_run_of_ray_is_not_said_to_go_on_from_what_it_has_just_saved_first(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(ray_train.RayRun, "prepare_report", lambda self, metrics: metrics)
+    monkeypatch.setattr(ray_train.RayRun, "report", lambda self, prepared, name: None)
+    local = LocalFileSystem()
+    run = ray_train.RayRun(PyarrowStorage(local), str(tmp_path), str(tmp_path), local)
+    saver = Checkpointer({"part": Part({"n": 1})}, run=run, every_n_steps=1, orphans_after_s=None)
+    with caplog.at_level("INFO"):
+        assert saver.step() is not None
+        for thread in threading.enumerate():
+            if thread.name == "newest":
+                thread.join(30.0)
+
+    assert not [record for record in caplog.records if "goes on from the newest" in record.message]
 
 
 def test_outside_of_a_worker_there_is_no_run_and_a_directory_must_be_named(tmp_path):

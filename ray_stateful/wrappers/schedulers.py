@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -178,8 +179,21 @@ def _copied(value: Any) -> Any:
 def _completed(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     """`theirs`, plus what only `ours` has: a scheduler may rely on entries that an older version did not write."""
     # Each entry is taken whole: a mix of the milestones here and those of the checkpoint would be neither schedule.
-    completed = {**ours, **theirs}
-    for name in ours.keys() & theirs.keys():
-        if isinstance(ours[name], tuple) and isinstance(theirs[name], list):
-            completed[name] = tuple(theirs[name])
-    return completed
+    return {**ours, **_typed(ours, theirs)}
+
+
+def _typed(ours: Any, theirs: Any) -> Any:
+    """`theirs` with the types of `ours` that DCP does not keep: tuples, `Counter`s, and ints as the keys of a dict."""
+    if isinstance(ours, tuple) and isinstance(theirs, list):
+        return tuple(theirs)
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return [_typed(*pair) for pair in zip(ours, theirs, strict=True)]
+    if type(ours) not in (dict, Counter) or not isinstance(theirs, Mapping):
+        return theirs
+    numbers = {str(key): key for key in ours if type(key) is int}
+    # Ints first: a plain `dcp.load` leaves the value here under 2, and adds that of the checkpoint under "2".
+    found = {
+        numbers.get(key, key): _typed(ours.get(numbers.get(key, key)), value)
+        for key, value in sorted(theirs.items(), key=lambda item: isinstance(item[0], str))
+    }
+    return Counter(found) if type(ours) is Counter else found

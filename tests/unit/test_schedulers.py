@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.optim import lr_scheduler
 
 from ray_stateful import checkpoint
 from ray_stateful.errors import StateMismatch
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState
+from ray_stateful.storage.reader import CheckpointReader
+from ray_stateful.storage.writer import CheckpointWriter
 from tests.ranks.wrapper_models import assert_same, leaves
 
 RATES = {"body": 0.01, "neck": 0.02, "head": 0.1}
@@ -226,6 +229,34 @@ def test_a_scheduler_with_numbers_as_keys_comes_back_also_with_tensors_below_the
     checkpoint.restore(state_of(*fresh), run=str(tmp_path))
     assert_same(leaves(fresh[2].state_dict()), leaves(saved[2].state_dict()))
     assert [one.gamma for one in fresh[2].inner] == [0.9, 0.8]
+
+
+BY_NUMBER = {
+    "MultiStepLR": lambda optimizer, order: lr_scheduler.MultiStepLR(optimizer, [2, 4]),
+    "MultiStepLR in SequentialLR": lambda optimizer, order: lr_scheduler.SequentialLR(
+        optimizer, [lr_scheduler.ExponentialLR(optimizer, 0.9), lr_scheduler.MultiStepLR(optimizer, [1, 2])], [2]
+    ),
+    "one of the user's own": lambda optimizer, order: Numbered(optimizer, int, (0.9, 0.8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("reader", ["ours", "stock", "restore"])
+@pytest.mark.parametrize("name", BY_NUMBER)
+def test_numbers_among_a_schedulers_keys_come_back_from_dcp_as_numbers_and_are_saved_again(name, reader, tmp_path):
+    saved, fresh = (build(seed, ["body"], BY_NUMBER[name]) for seed in (1, 2))
+    train(*saved)
+    dcp.save(state_of(*saved), storage_writer=CheckpointWriter(str(tmp_path / "first")), no_dist=True)
+    if reader == "restore":
+        checkpoint.restore(state_of(*fresh), checkpoint=str(tmp_path / "first"))
+    else:
+        readers = {"ours": CheckpointReader, "stock": dcp.FileSystemReader}
+        dcp.load(state_of(*fresh), storage_reader=readers[reader](str(tmp_path / "first")), no_dist=True)
+    for _ in range(4):
+        assert fresh[2].state_dict() == saved[2].state_dict()
+        for one in (saved, fresh):
+            train(*one)
+    checkpoint.save(state_of(*fresh), step=5, run=str(tmp_path))
 
 
 KINDS = {

@@ -385,3 +385,15 @@ def name_that_commands_the_terminal(workshop):
 def metadata_of_empty_lists(workshop):
     """Twelve million empty lists in twelve megabytes of metadata."""
     metadata_is(workshop, assemble(pickle.EMPTY_LIST, pickle.MARK, pickle.EMPTY_LIST * 12_000_000, pickle.APPENDS))
+
+
+@attack(foreign=True)
+def metadata_of_marks(workshop):
+    """Twelve million marks, each of which begins a list of what comes after it."""
+    metadata_is(workshop, assemble(pickle.MARK * 12_000_000))
+
+
+@attack(foreign=True)
+def metadata_remembered_without_end(workshop):
+    """One object, put into the pickle's memory eight million times, each time under a new number."""
+    metadata_is(workshop, assemble(pickle.NONE + pickle.MEMOIZE * 8_000_000))

@@ -15,10 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-# An empty list takes one byte in a pickle, and 64 in memory. What DCP writes has one list or dict per 30 bytes, and per
-# 5 bytes one object of any kind that is neither text nor number.
+# An empty list takes one byte in a pickle, and 64 in memory. A mark makes one, too, and remembering takes even more. So
+# there may be only one of each for so many bytes, beyond the first. What DCP writes has one list or dict per 30 bytes,
+# one mark per 40, remembers one object per 11, and has one per 5 bytes of any kind that is neither text nor number.
 _FREE_OBJECTS = 1 << 18
-_MIN_LIST_BYTES, _MIN_OBJECT_BYTES = 16, 4
+_MIN_BYTES = {"list": 16, "mark": 16, "memory": 6, "object": 4}
 # The most keys with the same hash, not counting texts: their hashes can't be chosen, as they depend on a secret of the
 # process.
 MAX_EQUAL_HASHES = 1000
@@ -99,7 +100,7 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         super().__init__(io.BytesIO(data))
         self._values, self._functions, self._classes, self._is_key = values, functions, classes, is_key
         self._hashes: Counter[int] = Counter()
-        self._left = {size: _FREE_OBJECTS + len(data) // size for size in (_MIN_LIST_BYTES, _MIN_OBJECT_BYTES)}
+        self._left = {kind: _FREE_OBJECTS + len(data) // size for kind, size in _MIN_BYTES.items()}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._values:
@@ -110,7 +111,7 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         raise pickle.UnpicklingError(f"asks for {module}.{name}, which is not on the list")
 
     def _load_reduce(self) -> None:
-        self._count(_MIN_OBJECT_BYTES)
+        self._count("object")
         arguments = self.stack.pop()
         function = self.stack[-1]
         if not isinstance(function, _Name) or function.target not in self._functions.values():
@@ -118,7 +119,7 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         self.stack[-1] = function.target(*arguments)
 
     def _load_newobj(self) -> None:
-        self._count(_MIN_OBJECT_BYTES)
+        self._count("object")
         arguments = self.stack.pop()
         made = self.stack.pop()
         if arguments != () or not isinstance(made, _Name) or made.target not in self._classes.values():
@@ -162,34 +163,46 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
                 raise pickle.UnpicklingError(f"has more than {MAX_EQUAL_HASHES} keys of one hash")
         target[key] = value
 
-    def _count(self, size: int) -> None:
-        self._left[size] -= 1
-        if self._left[size] < 0:
+    def _count(self, kind: str) -> None:
+        self._left[kind] -= 1
+        if self._left[kind] < 0:
             raise pickle.UnpicklingError("makes more lists, dicts, tuples and objects than its length allows")
 
+    def _load_mark(self) -> None:
+        self._count("mark")
+        self.load_mark()
+
+    def _load_memoize(self) -> None:
+        self._count("memory")
+        self.load_memoize()
+
+    def _load_long_binput(self) -> None:
+        self._count("memory")
+        self.load_long_binput()
+
     def _load_empty_list(self) -> None:
-        self._count(_MIN_LIST_BYTES)
+        self._count("list")
         self.append([])
 
     def _load_empty_dict(self) -> None:
-        self._count(_MIN_LIST_BYTES)
+        self._count("list")
         self.append({})
 
     def _load_tuple(self) -> None:
-        self._count(_MIN_OBJECT_BYTES)
+        self._count("object")
         items = self.pop_mark()
         self.append(tuple(items))
 
     def _load_tuple_1(self) -> None:
-        self._count(_MIN_OBJECT_BYTES)
+        self._count("object")
         self.stack[-1:] = [tuple(self.stack[-1:])]
 
     def _load_tuple_2(self) -> None:
-        self._count(_MIN_OBJECT_BYTES)
+        self._count("object")
         self.stack[-2:] = [tuple(self.stack[-2:])]
 
     def _load_tuple_3(self) -> None:
-        self._count(_MIN_OBJECT_BYTES)
+        self._count("object")
         self.stack[-3:] = [tuple(self.stack[-3:])]
 
     def _load_append(self) -> None:
@@ -213,6 +226,9 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         pickle.BUILD[0]: _load_build,
         pickle.EMPTY_DICT[0]: _load_empty_dict,
         pickle.EMPTY_LIST[0]: _load_empty_list,
+        pickle.LONG_BINPUT[0]: _load_long_binput,
+        pickle.MARK[0]: _load_mark,
+        pickle.MEMOIZE[0]: _load_memoize,
         pickle.NEWOBJ[0]: _load_newobj,
         pickle.REDUCE[0]: _load_reduce,
         pickle.SETITEM[0]: _load_setitem,

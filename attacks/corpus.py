@@ -26,6 +26,7 @@ _MODULES = (
     "files",
     "foreign_metadata",
     "indexes",
+    "items",
     "manifests",
     "pickles",
     "structures",

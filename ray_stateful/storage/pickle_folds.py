@@ -55,7 +55,10 @@ _COPIES = _COMPLEX | frozenset(
 )
 _BYTEARRAYS = frozenset({"__builtin__ bytearray", "builtins bytearray"})
 # Other names are left to torch, which refuses those that were not registered as safe globals; those of DTensors are.
-_FOR_TORCH_TO_JUDGE = re.compile(r"(?!(__builtin__|builtins|_codecs|collections|torch(?!\.distributed\.)(\..*)?) )")
+# It also takes the names of Python 2, of which some lead to `collections`.
+_FOR_TORCH_TO_JUDGE = re.compile(
+    r"(?!(__builtin__|builtins|_codecs|collections|User(Dict|List|String)|torch(?!\.distributed\.)(\..*)?) )"
+)
 
 
 class _Hashed:

@@ -22,7 +22,7 @@ HEAD_BYTES = 4 << 10
 _HEADER = struct.Struct("<4s5H3I2H")
 _MEMBER = b"PK\x03\x04"
 _REBUILDS = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3")
-_STORAGES = {
+STORAGES = {
     "BFloat16Storage": "bfloat16",
     "BoolStorage": "bool",
     "ByteStorage": "uint8",
@@ -128,7 +128,7 @@ def _offset(described: Any, dtype: str, sizes: tuple[int, ...]) -> int | None:
     kind, storage_type, key, _, _ = storage
     if rebuild not in _REBUILDS or kind != "storage" or key != "0" or hooks != ("collections OrderedDict", ()):
         return None
-    named = rest[0].removeprefix("torch ") if rest else _STORAGES[storage_type.rpartition(" ")[2]]
+    named = rest[0].removeprefix("torch ") if rest else STORAGES[storage_type.rpartition(" ")[2]]
     if named != dtype or found_sizes != sizes or strides != strides_of(sizes) or type(offset) is not int or offset < 0:
         return None
     return offset

@@ -239,10 +239,11 @@ def _archive_problem(data: bytes) -> str | None:
             if problem is not None:
                 return problem
             pickles = [archive.read(member) for member in members if member.orig_filename.endswith("/data.pkl")]
+            storages = {member.orig_filename.partition("/data/")[2]: member.file_size for member in members}
     # A damaged or hostile archive can fail in any way: it asks for a password, or has an offset before the file.
     except Exception as error:  # noqa: BLE001 - whatever it is, it is a reason
         return f"{type(error).__name__}: {error}"
-    return next(filter(None, map(folding_problem, pickles)), None)
+    return next(filter(None, (folding_problem(one, storages) for one in pickles)), None)
 
 
 def _directory_problem(data: bytes) -> str | None:

@@ -62,6 +62,33 @@ def item_of_memory_by_a_parameter(workshop):
 
 
 @attack(foreign=True)
+def item_of_a_tensor_that_hides_its_size(workshop):
+    """A tensor with an attribute of its own called `numel`, which whoever asks for its size calls."""
+    state = pickle.EMPTY_DICT + text("numel") + name_of("torch", "Size") + pickle.SETITEM
+    arguments = pickle.MARK + tensor_of(stored(2), 2) + pickle.NEWFALSE + hooks() + state + pickle.TUPLE
+    item_with_data(workshop, name_of("torch._utils", "_rebuild_parameter_with_state") + arguments + pickle.REDUCE)
+
+
+@attack(foreign=True, late=True)
+def tensor_that_is_narrowed_by_somebody_else(workshop):
+    """A tensor of the right shape with an attribute of its own called `narrow`, which a reader of a part calls."""
+    state = pickle.EMPTY_DICT + text("narrow") + name_of("torch", "Tensor") + pickle.SETITEM
+    arguments = pickle.MARK + stored(2) + shaped(2) + pickle.NEWFALSE + hooks() + pickle.TUPLE
+    function, kind = name_of("torch._utils", "_rebuild_tensor_v2"), name_of("torch", "Tensor")
+    rebuilt = pickle.MARK + function + kind + arguments + state + pickle.TUPLE
+    pickled = pickle.PROTO + b"\2" + name_of("torch._tensor", "_rebuild_from_type_v2") + rebuilt + pickle.REDUCE
+    data = zipped(("archive/data.pkl", pickled + pickle.STOP), ("archive/data/0", bytes(8)))
+    items_are(workshop, data, "thing.layers.0")
+
+
+@attack(foreign=True)
+def item_of_a_dict_that_hides_its_items(workshop):
+    """A dict with an attribute of its own called `items`, which whoever walks its entries calls."""
+    state = pickle.EMPTY_DICT + text("items") + name_of("builtins", "complex") + pickle.SETITEM
+    item_with(workshop, hooks() + state + pickle.BUILD)
+
+
+@attack(foreign=True)
 def item_of_copies_by_an_old_name(workshop):
     """Counters of one list of 100,000 numbers, hundreds of them, by the name of a module of Python 2."""
     numbers = b"".join(pickle.BININT + number.to_bytes(4, "little") for number in range(100_000))

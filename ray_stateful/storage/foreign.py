@@ -174,7 +174,7 @@ def load_item(storage: Storage, path: str, chunk: StoredChunk) -> Any:
         raise HostileCheckpoint(where, f"{chunk.key!r} can't be opened without running its code: {met}") from error
     if chunk.dtype is not None and not _is_plain(item, chunk):
         raise HostileCheckpoint(where, f"{chunk.key!r} is not a {chunk.dtype} tensor of {chunk.box.sizes}")
-    problem = None if chunk.dtype is not None else _value_problem(item, len(data))
+    problem = _value_problem(item, len(data) if chunk.dtype is None else max(len(data), chunk.num_bytes))
     if problem is not None:
         raise HostileCheckpoint(where, f"{chunk.key!r} {problem}")
     return item
@@ -192,6 +192,11 @@ def _value_problem(value: Any, num_bytes: int) -> str | None:
     tensors: set[int] = set()
     while pending:
         one, depth = pending.pop()
+        # Of an OrderedDict or a tensor.
+        attributes = getattr(one, "__dict__", {})
+        hidden = next((name for name in attributes if type(name) is not str or hasattr(type(one), name)), None)
+        if hidden is not None:
+            return f"has a {type(one).__name__} with an attribute {str(hidden)[:80]!a} that hides its own"
         if isinstance(one, torch.Tensor):
             if one.layout is torch.strided and not one.is_meta and id(one) not in tensors:
                 elements -= one.numel() * one.element_size()
@@ -204,6 +209,7 @@ def _value_problem(value: Any, num_bytes: int) -> str | None:
         else:
             texts -= len(one)
             children = []
+        children += attributes.values()
         objects -= len(children)
         if objects < 0 or texts < 0 or elements < 0:
             return f"is {num_bytes:,} bytes, and far larger once it is copied"

@@ -148,3 +148,13 @@ def rank_in_other_digits(workshop):
 def rank_without_a_prefix(workshop):
     """A value under a bare number."""
     rank_part(workshop, "0")
+
+
+@attack
+def paths_as_deep_as_they_may_be(workshop):
+    """Ten thousand values, 62 dicts deep, and a list without its first entry: to look for it, what is in each dict?"""
+    moved(workshop, "thing.layers.0", ("thing", "layers", 2))
+    value = next(row for row in workshop.rows() if row.key == "thing.name")
+    paths = (("thing", f"n{number}", *[""] * 62) for number in range(10_000))
+    many = [dataclasses.replace(value, key=".".join(path), path=path) for path in paths]
+    workshop.write_rows([*workshop.rows(), *many])

@@ -22,9 +22,10 @@ from ray_stateful.report import PartReport, ResumeReport
 from ray_stateful.runs import DirectoryRun, Run
 from ray_stateful.stateful_wrappers import ModelState
 from ray_stateful.storage import weights
+from ray_stateful.storage.credentials import without_credentials
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.ranges import ReadLimits
-from ray_stateful.storage.uris import located, without_credentials
+from ray_stateful.storage.uris import located
 
 
 def check(state: parts.State, checkpoint: Any) -> None:

@@ -21,6 +21,7 @@ from ray_stateful.errors import CheckpointError, StorageError
 from ray_stateful.format import layout
 from ray_stateful.runs import Run
 from ray_stateful.storage.base import Storage
+from ray_stateful.storage.pyarrow import os_errors
 from ray_stateful.storage.uris import filesystem_of
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,9 @@ def newest_change(storage: Storage, path: str) -> float | None:
     if filesystem is None:
         return None
     try:
-        infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True))
-        infos.append(filesystem.get_file_info(path))
+        with os_errors(path):
+            infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True))
+            infos.append(filesystem.get_file_info(path))
     except OSError as error:
         raise StorageError("list", path, str(error)) from error
     found = [info.mtime_ns / 1e9 for info in infos if info.mtime_ns is not None]

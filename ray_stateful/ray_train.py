@@ -24,9 +24,10 @@ from ray_stateful.format import layout
 from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.runs import DirectoryRun, Run, committed
 from ray_stateful.storage.base import Storage
+from ray_stateful.storage.credentials import without_credentials
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.retries import RetryingStorage
-from ray_stateful.storage.uris import resolve, with_timeouts, without_credentials
+from ray_stateful.storage.uris import resolve, with_timeouts
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, StorageError, UnknownFormat
-from ray_stateful.storage.uris import without_credentials
+from ray_stateful.storage.credentials import without_credentials
 
 # What the clients of the stores say when they have no credentials, wrong ones, or no permission.
 _DENIED = re.compile(

@@ -12,7 +12,7 @@ from ray_stateful.cli.main import EXIT_FINDINGS
 from ray_stateful.cli.places import open_checkpoint, open_run, place, refuse_missing_bucket
 from ray_stateful.cli.rendering import age, as_json, finite, meter, say, size, table
 from ray_stateful.cli.tree import Summary
-from ray_stateful.storage.uris import without_credentials
+from ray_stateful.storage.credentials import without_credentials
 
 json_option = click.option("--json", "json_", is_flag=True, help="Print JSON instead of text.")
 

@@ -12,7 +12,7 @@ from ray_stateful.cli.places import open_checkpoint, place
 from ray_stateful.cli.rendering import as_json, meter, say, size
 from ray_stateful.format.dtypes import ITEM_BYTES
 from ray_stateful.format.layout import MAX_STEP
-from ray_stateful.storage.uris import without_credentials
+from ray_stateful.storage.credentials import without_credentials
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)B?", re.IGNORECASE)
 

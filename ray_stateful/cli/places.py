@@ -11,9 +11,10 @@ import pyarrow.fs
 from ray_stateful.errors import DamagedCheckpoint, StorageError
 from ray_stateful.ray_train import SNAPSHOT, RayRun
 from ray_stateful.storage import opening
+from ray_stateful.storage.credentials import without_credentials
 from ray_stateful.storage.opening import OpenCheckpoint
 from ray_stateful.storage.retries import RetryingStorage, RetryPolicy
-from ray_stateful.storage.uris import resolve, without_credentials
+from ray_stateful.storage.uris import resolve
 
 # Short, as a person is waiting: a store that is down for longer is reported, not waited for.
 _POLICY = RetryPolicy(budget_s=15.0)

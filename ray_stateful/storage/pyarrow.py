@@ -21,6 +21,7 @@ from typing_extensions import Buffer, Self
 
 from ray_stateful.format import layout
 from ray_stateful.storage.base import Sink
+from ray_stateful.storage.credentials import without_credentials
 from ray_stateful.storage.handles import Handles
 from ray_stateful.storage.local import LocalStorage
 from ray_stateful.storage.paths import as_bytes, checked_range, normalised
@@ -117,7 +118,7 @@ class PyarrowStorage:
         if self._local is not None:
             return self._local.read(path, offset, length)
         where = normalised(path)
-        with _os_errors(where):
+        with os_errors(where):
             if self._kind == "gcs" and offset == 0 and length is None:
                 # One request instead of three.
                 with self.filesystem.open_input_stream(where, compression=None) as stream:
@@ -153,7 +154,7 @@ class PyarrowStorage:
         where = normalised(path, to_delete=True)
         with self._lock:
             self._made_directories.clear()
-        with _os_errors(where):
+        with os_errors(where):
             # The manifest goes first: what an interrupted deletion leaves must not be taken for a checkpoint.
             manifest = f"{where}/{layout.MANIFEST}"
             if not self._traits.deletes_known_files or self.size_of(manifest) is not None:
@@ -169,7 +170,7 @@ class PyarrowStorage:
 
     def size_of(self, path: str) -> int | None:
         """The size of file `path` in bytes; `None` if there is no such file."""
-        with _os_errors(path):
+        with os_errors(path):
             info = self.filesystem.get_file_info(path)
         return info.size if info.type == pyarrow.fs.FileType.File else None
 
@@ -201,11 +202,11 @@ class PyarrowStorage:
 
     def discard(self, path: str) -> None:
         """Try to delete file `path`, ignoring errors: it is damaged, and nothing refers to it."""
-        with suppress(OSError), _os_errors(path):
+        with suppress(OSError), os_errors(path):
             self.filesystem.delete_file(path)
 
     def _open_stream(self, where: str, content: memoryview | None = None) -> _StreamSink:
-        with _os_errors(where):
+        with os_errors(where):
             self._make_directory_of(where)
             # Without `compression=None` a file called `x.gz` would be stored compressed.
             stream = self.filesystem.open_output_stream(
@@ -215,7 +216,7 @@ class PyarrowStorage:
         return _StreamSink(self, where, stream, self._traits, content)
 
     def _open_file(self, path: str) -> pyarrow.NativeFile:
-        with _os_errors(path):
+        with os_errors(path):
             return self.filesystem.open_input_file(path)
 
     def _remains(self, path: str) -> bool:
@@ -228,7 +229,7 @@ class PyarrowStorage:
     def _list(self, path: str) -> list[pyarrow.fs.FileInfo]:
         where = normalised(path)
         selector = pyarrow.fs.FileSelector(where, allow_not_found=True, recursive=False)
-        with _os_errors(where):
+        with os_errors(where):
             try:
                 infos = self.filesystem.get_file_info(selector)
             except (FileNotFoundError, NotADirectoryError):
@@ -266,7 +267,7 @@ class _StreamSink:
         if limit is not None and self._size + view.nbytes > limit:
             # Otherwise the storage would refuse the last part, after hours.
             raise OSError(errno.EFBIG, f"a file here ends at {limit:,} bytes; split it", self._path)
-        with _os_errors(self._path):
+        with os_errors(self._path):
             self._stream.write(view)
             self._size += view.nbytes
             if self._traits.flush_bytes is not None and self._size - self._flushed >= self._traits.flush_bytes:
@@ -281,14 +282,14 @@ class _StreamSink:
     ) -> None:
         if kind is not None:
             # There is no way to abort: closing publishes what was written, and so would the stream's destructor.
-            with suppress(OSError), _os_errors(self._path):
+            with suppress(OSError), os_errors(self._path):
                 self._stream.close()
             # If this attempt was given up and ends only now, a later one may have written the whole file already.
             if self._content is None or not self._is_there():
                 self._storage.discard(self._path)
             return
         try:
-            with _os_errors(self._path):
+            with os_errors(self._path):
                 self._stream.close()
         except OSError:
             # Maybe only the reply to the request that completes the file was lost, and the file is there.
@@ -347,12 +348,22 @@ def _local_root(filesystem: pyarrow.fs.FileSystem) -> str | None:
 
 
 @contextmanager
-def _os_errors(path: str) -> Iterator[None]:
-    """Turn every error of a filesystem but `MemoryError` into an `OSError`."""
+def os_errors(path: str) -> Iterator[None]:
+    """Turn every error of a filesystem but `MemoryError` into an `OSError`, without secrets."""
     try:
         yield
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:
+        is_os_error = isinstance(error, OSError)
         # A wrapped fsspec filesystem raises whatever its SDK raises.
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", path) from error
+        said = str(error) if is_os_error else f"{type(error).__name__}: {error}"
+        shown = without_credentials(said)
+        if shown != said:
+            # Azure's client names the URL of the request that failed, and a SAS token is a part of that. So its error
+            # is not even chained.
+            kind = type(error) if is_os_error and type(error).__module__ == "builtins" else OSError
+            raise kind(getattr(error, "errno", None) or errno.EIO, shown) from None
+        if is_os_error:
+            raise
+        raise OSError(errno.EIO, said, path) from error

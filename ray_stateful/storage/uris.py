@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.fs
 
 from ray_stateful.storage.base import Storage
+from ray_stateful.storage.credentials import SECRET
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.retries import RetryingStorage
 
@@ -21,14 +22,6 @@ REQUEST_TIMEOUT_S = 20.0
 
 # The beginning of a path that was meant to be a URI.
 _ONE_SLASH = re.compile("(file|s3|gs|gcs|abfs|abfss|hdfs):", re.IGNORECASE)
-
-# Query parameters that are secrets. pyarrow knows a few of them and refuses the others, in an error that has the URI.
-_SECRETS = (
-    "access_key|access_key_id|access_token|account_key|aws_access_key_id|aws_secret_access_key|client_secret|password"
-    "|sas_token|secret_access_key|secret_key|session_token|sig|token"
-)
-# Anything with a colon in it before an "@"; or a query with one of these parameters.
-_SECRET = re.compile(rf"://.*:.*@|[?&](?:{_SECRETS})=", re.IGNORECASE | re.DOTALL)
 
 
 def resolve(uri: str) -> tuple[RetryingStorage, str]:
@@ -55,7 +48,7 @@ def resolve(uri: str) -> tuple[RetryingStorage, str]:
     try:
         filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
     except ValueError:
-        if not _SECRET.search(uri):
+        if not SECRET.search(uri):
             raise
         # pyarrow's error has the URI in it, whole or in parts; so it is not even chained.
         raise ValueError(
@@ -129,19 +122,6 @@ def _with_retry_limit(filesystem: pyarrow.fs.FileSystem) -> pyarrow.fs.FileSyste
     """
     rebuild, (options,) = filesystem.__reduce__()
     return rebuild({**options, "retry_time_limit": options["retry_time_limit"] or timedelta(seconds=REQUEST_TIMEOUT_S)})
-
-
-def without_credentials(uri: str) -> str:
-    """`uri`, or a text that contains URIs, without the secrets that pyarrow takes in them: safe to show and keep.
-
-    The secrets stand before the host, or in the query of an Azure URI.
-    """
-    # "container@account", without a colon, is where an Azure blob is, and a number after a colon is a port. A secret
-    # may have a slash in it: such a URI can't be read, but the error has it.
-    uri = re.sub(
-        r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^/?#:@\s]*:(?![0-9]+(?:[/?#\s]|$))(?:[^/?#\s]*@|[^?#\s]*@)", r"\1", uri
-    )
-    return re.sub(rf"([?&](?:{_SECRETS})=)[^&#\s]*", r"\1***", uri, flags=re.IGNORECASE)
 
 
 def below(uri: str, name: str) -> str:

@@ -5,18 +5,21 @@ import json
 import logging
 import threading
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from ray_stateful import checkpoint
-from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed
+from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed, StorageError
 from ray_stateful.format import layout
+from ray_stateful.orphans import newest_change
 from ray_stateful.runs import DirectoryRun
+from ray_stateful.storage.credentials import without_credentials
 from ray_stateful.storage.local import LocalStorage
 from ray_stateful.storage.retries import RetryingStorage, RetryPolicy
-from ray_stateful.storage.uris import below, resolve, without_credentials
+from ray_stateful.storage.uris import below, resolve
 from ray_stateful.testing import Fail, FaultyStorage
 from tests import pages
 
@@ -135,6 +138,19 @@ def test_a_secret_key_is_neither_in_a_checkpoint_nor_in_reports_logs_and_errors(
     assert not any(b"the-secret-key" in content for content in stored)
     said = [str(saved), repr(saved), str(error.value), caplog.text, *capsys.readouterr()]
     assert [text for text in said if "the-secret-key" in text] == []
+
+
+def test_a_sas_token_is_not_in_the_errors_of_a_storage_that_can_not_be_reached(caplog):
+    nowhere = "&".join(f"{kind}_storage_authority=127.0.0.1%3A9" for kind in ("blob", "dfs"))
+    storage, path = resolve(f"abfs://container@account/run?enable_tls=false&{nowhere}&sv=1&sig=the-token")
+    storage = storage.within(1.0)
+    calls = (storage.sizes, storage.read, storage.delete, partial(newest_change, storage))
+
+    for call in calls:
+        with pytest.raises(StorageError) as error:
+            call(f"{path}/file")
+        assert "the-token" not in "".join(traceback.format_exception(error.value))
+    assert "the-token" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -419,3 +419,10 @@ def chunks_of_four_million_corners(workshop):
             for at, (offsets, sizes) in enumerate(boxes.items())
         ),
     )
+
+
+@attack
+def key_that_takes_minutes_to_print(workshop):
+    """A key of letters with dots between them, "a.a.a.a", each of which may begin a URI with a password."""
+    name = "a." * 300_000
+    workshop.row("thing.name", key=f"thing.{name}", path=("thing", name), value=None)

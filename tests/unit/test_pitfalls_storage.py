@@ -153,6 +153,11 @@ def test_a_sas_token_is_not_in_the_errors_of_a_storage_that_can_not_be_reached(c
     assert "the-token" not in caplog.text
 
 
+def test_a_long_text_without_a_secret_is_shown_in_time_that_grows_with_its_length():
+    for text in ("a." * 300_000, "s3://a:b/" * 100_000, "://a:" * 100_000):
+        assert without_credentials(text) == text
+
+
 @pytest.mark.parametrize(
     ("uri", "shown"),
     [

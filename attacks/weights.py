@@ -153,3 +153,12 @@ def _pickle(workshop: Any) -> bytes:
 def header_of_empty_lists(workshop):
     """Fifteen million empty lists in a header of forty-five megabytes."""
     write(workshop, b'{"a":[' + b"[]," * 15_000_000 + b"[]]}")
+
+
+@attack(initial=True)
+def headers_of_gigabytes_together(workshop):
+    """Twenty files that take no room on the disk, each with a header as long as one may be."""
+    for number in range(20):
+        with open(workshop.directory / f"model-{number}.safetensors", "wb") as file:
+            file.write(struct.pack("<Q", hf_layout.MAX_HEADER_BYTES))
+            file.truncate(8 + hf_layout.MAX_HEADER_BYTES)

@@ -29,6 +29,9 @@ from ray_stateful.storage.uris import filesystem_of
 # A header takes two small reads, one after the other; a large model has a hundred files.
 _NUM_THREADS = 16
 
+# Of all files together: 100 bytes a tensor, and a few for each expert of the largest models.
+MAX_HEADERS_BYTES = 256 << 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawWeights:
@@ -140,14 +143,19 @@ def _headers(storage: Storage, directory: str, sizes: Mapping[str, int], names: 
         if name not in sizes:
             raise DamagedCheckpoint(posixpath.join(directory, name), "the file is missing")
 
-    def header(name: str) -> tuple[int, bytes]:
+    def header_length(name: str) -> int:
         where = posixpath.join(directory, name)
-        # `header_bytes` compares the header's length with the file's size before that many bytes are read.
-        length = hf_layout.header_bytes(storage.read(where, 0, 8), sizes[name], where)
+        return hf_layout.header_bytes(storage.read(where, 0, 8), sizes[name], where)
+
+    def header(name: str, length: int) -> tuple[int, bytes]:
         return sizes[name], read_exactly(storage, directory, name, 8, 8 + length)
 
     with ThreadPoolExecutor(max_workers=_NUM_THREADS, thread_name_prefix="headers") as pool:
-        return RawWeights(path=directory, headers=dict(zip(names, pool.map(header, names), strict=True)))
+        # All lengths first: there may be any number of files, and all headers are in memory at the same time.
+        lengths = list(pool.map(header_length, names))
+        if sum(lengths) > MAX_HEADERS_BYTES:
+            raise HostileCheckpoint(directory, f"its safetensors have headers of {sum(lengths):,} bytes")
+        return RawWeights(path=directory, headers=dict(zip(names, pool.map(header, names, lengths), strict=True)))
 
 
 def _row(file: str, weight: Weight) -> StoredChunk:

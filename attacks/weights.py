@@ -162,3 +162,10 @@ def headers_of_gigabytes_together(workshop):
         with open(workshop.directory / f"model-{number}.safetensors", "wb") as file:
             file.write(struct.pack("<Q", hf_layout.MAX_HEADER_BYTES))
             file.truncate(8 + hf_layout.MAX_HEADER_BYTES)
+
+
+@attack(initial=True)
+def file_whose_name_is_not_text(workshop):
+    """A file whose name is not UTF-8, beside the weights of which one is missing."""
+    (workshop.directory / WEIGHTS).unlink()
+    open(os.fsencode(workshop.directory) + b"/\xff.safetensors", "wb").close()

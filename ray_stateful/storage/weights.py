@@ -6,6 +6,7 @@ reads headers on rank 0, `parse` makes the same of them on every rank. No code o
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,12 +129,12 @@ def below(opened: OpenCheckpoint, part: str) -> OpenCheckpoint:
 def _sizes(storage: Storage, path: str) -> dict[str, int]:
     """The sizes of a directory's files, including weights behind links, as in the cache of Hugging Face."""
     sizes = dict(storage.sizes(path))
-    filesystem = filesystem_of(storage)
-    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-        with suppress(NotADirectoryError):
-            for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True)):
-                if info.is_file and info.base_name.endswith((hf_layout.SUFFIX, hf_layout.INDEX_SUFFIX)):
-                    sizes.setdefault(info.base_name, info.size)
+    if isinstance(filesystem_of(storage), pyarrow.fs.LocalFileSystem):
+        # Not listed by pyarrow, which fails where a file's name is not UTF-8.
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(path or ".") as entries:
+            for entry in entries:
+                if entry.name.endswith((hf_layout.SUFFIX, hf_layout.INDEX_SUFFIX)) and entry.is_file():
+                    sizes.setdefault(entry.name, entry.stat().st_size)
     return sizes
 
 

@@ -21,6 +21,7 @@ import pyarrow.fs
 from ray_stateful import ray_scores
 from ray_stateful.errors import ReportFailed, StorageError
 from ray_stateful.format import layout
+from ray_stateful.format.strict_json import check_containers
 from ray_stateful.plain_metrics import plain_metrics
 from ray_stateful.runs import DirectoryRun, Run, committed
 from ray_stateful.storage.base import Storage
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # Ray's own record of the checkpoints that were reported, and that it will delete when there are too many.
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+MAX_SNAPSHOT_BYTES = 256 << 20
+_MIN_CONTAINER_BYTES = 8  # a checkpoint has a few lists and objects, in some 200 bytes
 
 _SCHEMES = {"s3": "s3", "gcs": "gs", "abfs": "abfss", "hdfs": "hdfs"}
 
@@ -148,11 +151,15 @@ class RayRun:
     def _snapshot_names(self) -> list[str]:
         path = posixpath.join(self.path, SNAPSHOT)
         try:
-            raw = self.storage.read(path)
+            raw = self.storage.read(path, 0, MAX_SNAPSHOT_BYTES + 1)
         except FileNotFoundError:
             return []
         try:
-            snapshot = json.loads(raw)
+            if len(raw) > MAX_SNAPSHOT_BYTES:
+                raise ValueError(f"more than {MAX_SNAPSHOT_BYTES:,} bytes")
+            text = raw.decode()
+            check_containers(text, _MIN_CONTAINER_BYTES)
+            snapshot = json.loads(text)
             results = [*snapshot["checkpoint_results"], snapshot.get("latest_checkpoint_result")]
             results += snapshot.get("pending_training_results") or []
             # In the order of their reports: the list itself is sorted by score when the run keeps the best ones.

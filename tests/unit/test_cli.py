@@ -17,12 +17,12 @@ import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 
 from attacks.corpus import Workshop
-from ray_stateful import checkpoint, listing, restore_cost, verify
+from ray_stateful import checkpoint, listing, ray_train, restore_cost, verify
 from ray_stateful.cli import tree
 from ray_stateful.cli.explain import explain
 from ray_stateful.cli.main import main
 from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, StorageError
-from ray_stateful.format import layout
+from ray_stateful.format import layout, strict_json
 from ray_stateful.storage import opening
 from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.uris import resolve
@@ -247,9 +247,20 @@ def test_verify_says_that_an_uncommitted_checkpoint_is_one_and_that_a_foreign_on
         assert found in run("verify", tmp_path / "plain").stdout
 
 
-def test_a_run_is_listed_while_ray_rewrites_its_list(tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"checkpoint_res',  # Ray rewrites it at this moment
+        '{"checkpoint_results": []}' + " " * 3_000_000,
+        '{"checkpoint_results": [' + "[]," * 500_000 + "[]]}",
+    ],
+    ids=["half of it", "too long", "of empty lists"],
+)
+def test_a_run_is_listed_whatever_is_in_rays_list(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(ray_train, "MAX_SNAPSHOT_BYTES", 2_000_000)
+    monkeypatch.setattr(strict_json, "_FREE_CONTAINERS", 1000)
     save(tmp_path, 1)
-    (tmp_path / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_res')
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text(text)
 
     result = run("ls", tmp_path)
 

@@ -23,6 +23,7 @@ from ray_stateful.errors import ReportFailed, StorageError
 from ray_stateful.format import layout
 from ray_stateful.format.strict_json import check_containers
 from ray_stateful.plain_metrics import plain_metrics
+from ray_stateful.printable import printable
 from ray_stateful.runs import DirectoryRun, Run, committed
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.credentials import without_credentials
@@ -343,7 +344,8 @@ def _uri(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
 
 
 def _is_inside(name: str) -> bool:
-    return all(part not in ("", ".", "..") for part in name.split("/"))
+    # A name also goes into logs, where it must not command the terminal.
+    return printable(name, keep="") == name and all(part not in ("", ".", "..") for part in name.split("/"))
 
 
 def _rank() -> int:

@@ -21,6 +21,7 @@ from ray_stateful import checkpoint, listing, ray_train, restore_cost, verify
 from ray_stateful.cli import tree
 from ray_stateful.cli.explain import explain
 from ray_stateful.cli.main import main
+from ray_stateful.cli.places import open_run
 from ray_stateful.errors import DamagedCheckpoint, HostileCheckpoint, StorageError
 from ray_stateful.format import layout, strict_json
 from ray_stateful.storage import opening
@@ -267,6 +268,14 @@ def test_a_run_is_listed_whatever_is_in_rays_list(tmp_path, monkeypatch, text):
     assert result.exit_code == 0
     assert "checkpoint_s0000000001_" in result.stdout
     assert "is not known" in result.stderr
+
+
+def test_a_name_that_commands_the_terminal_is_not_taken_from_rays_list(tmp_path):
+    names = ["checkpoint_1", "\x1b[2J", "a\nresumed, verified", "\ud800", "../elsewhere"]
+    snapshot = {"checkpoint_results": [{"checkpoint_dir_name": name} for name in names]}
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
+
+    assert open_run(str(tmp_path)).tracked() == {"checkpoint_1"}
 
 
 def test_a_command_runs_where_standard_error_is_closed(tmp_path):

@@ -21,7 +21,7 @@ from ray_stateful.errors import CheckpointError, StorageError
 from ray_stateful.format import layout
 from ray_stateful.runs import Run
 from ray_stateful.storage.base import Storage
-from ray_stateful.storage.pyarrow import os_errors
+from ray_stateful.storage.pyarrow import local_root, os_errors
 from ray_stateful.storage.uris import filesystem_of
 
 logger = logging.getLogger(__name__)
@@ -115,9 +115,12 @@ def _is_left_by_a_save(storage: Storage, path: str, sizes: Mapping[str, int]) ->
 
 def _has_other_than_files(storage: Storage, path: str) -> bool:
     """Whether a directory on this machine has links, pipes or the like in it, which a listing of files leaves out."""
-    if not isinstance(filesystem_of(storage), pyarrow.fs.LocalFileSystem):
+    filesystem = filesystem_of(storage)
+    root = None if filesystem is None else local_root(filesystem)
+    if root is None:
         return False
-    with suppress(FileNotFoundError), os.scandir(path) as entries:
+    where = os.path.join(root, path.lstrip("/")) if root else path
+    with suppress(FileNotFoundError), os.scandir(where) as entries:
         return any(not entry.is_file(follow_symlinks=False) for entry in entries)
     return False
 

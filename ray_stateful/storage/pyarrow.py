@@ -84,7 +84,7 @@ class PyarrowStorage:
     def __init__(self, filesystem: pyarrow.fs.FileSystem) -> None:
         self.filesystem = filesystem
         self._kind = _kind_of(filesystem)
-        root = _local_root(filesystem)
+        root = local_root(filesystem)
         self._local = None if root is None else LocalStorage(root)
         self._traits = Traits() if self._local is not None else _TRAITS.get(self._kind, _OTHER)
         self.max_file_bytes = self._traits.max_file_bytes
@@ -331,10 +331,10 @@ def _kind_of(filesystem: pyarrow.fs.FileSystem) -> str:
     return str(filesystem.type_name)
 
 
-def _local_root(filesystem: pyarrow.fs.FileSystem) -> str | None:
+def local_root(filesystem: pyarrow.fs.FileSystem) -> str | None:
     """Where on this machine `filesystem` starts: "" if its paths are the system's, `None` if it is elsewhere."""
     if isinstance(filesystem, pyarrow.fs.SubTreeFileSystem):
-        base = _local_root(filesystem.base_fs)
+        base = local_root(filesystem.base_fs)
         return None if base is None else f"{base}{filesystem.base_path}"
     if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
         return ""

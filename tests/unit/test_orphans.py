@@ -8,14 +8,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.fs
 import pytest
 from click.testing import CliRunner
 
 from ray_stateful import orphans
 from ray_stateful.cli.main import main
-from ray_stateful.cli.places import open_run
+from ray_stateful.cli.places import ListedRun, open_run
 from ray_stateful.errors import StorageError
 from ray_stateful.format import layout
+from ray_stateful.storage.pyarrow import PyarrowStorage
+from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.uris import resolve
 
 HOUR = 3600.0
@@ -105,6 +108,19 @@ def test_a_directory_with_what_no_save_writes_stays(tmp_path, what, when):
 
     assert list(kept) == [one.name for one in found]
     assert name in names(tmp_path)
+
+
+def test_a_manifest_that_is_a_link_is_seen_also_where_the_storage_is_a_directory_of_this_machine(tmp_path):
+    directory = tmp_path / "run" / make(tmp_path / "run", 1)
+    make(tmp_path / "run", 2, committed=True)
+    (tmp_path / "elsewhere").write_text("{}")
+    filesystem = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
+    run = ListedRun(RetryingStorage(PyarrowStorage(filesystem)), "run", "run", filesystem)
+    assert [one.name for one in orphans.find(run, older_than_s=0.0)] == [directory.name]
+
+    (directory / layout.MANIFEST).symlink_to("../../elsewhere")
+
+    assert orphans.find(run, older_than_s=0.0) == []
 
 
 class Lagging:

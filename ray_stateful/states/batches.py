@@ -190,6 +190,8 @@ class GlobalBatchSampler:
             wrong = (
                 f"its seed is no number, or its position beyond the length {saved['length']:,}: it is not one of ours",
             )
+        if not wrong and not isinstance(saved.get("drop_last", False), bool):
+            wrong = ("its drop_last is neither true nor false: it is not one of ours",)
         if wrong:
             return wrong
         return tuple(

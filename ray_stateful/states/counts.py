@@ -19,6 +19,8 @@ def is_whole(value: Any) -> bool:
 
 def count_problems(saved: Mapping[str, Any], least: Mapping[str, int]) -> tuple[str, ...]:
     """Why entries of `saved` are not counts of at least `least`, one line each; empty if all are."""
+    if not isinstance(saved, Mapping):
+        return (f"a {type(saved).__name__} is in the checkpoint, and no dict of counts: it is not one of ours",)
     found = []
     for name, lowest in least.items():
         value: Any = saved.get(name)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from ray_stateful.states.counts import count_problems
+from ray_stateful.states.counts import MAX_COUNT, count_problems
 from ray_stateful.states.part import RankPart, World
 
 
@@ -88,10 +87,11 @@ class Progress(RankPart):
 
     def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
         """What keeps `saved` from being loaded, one line each; changes nothing."""
-        wall_s = saved.get("wall_s")
-        is_time = isinstance(wall_s, int | float) and math.isfinite(wall_s)
-        wrong = () if is_time else ("wall_s is no time in the checkpoint: it is not one of ours",)
-        return (*count_problems(saved, dict.fromkeys(("step", "samples", "tokens", "epoch"), 0)), *wrong)
+        wrong = count_problems(saved, dict.fromkeys(("step", "samples", "tokens", "epoch"), 0))
+        wall_s = saved.get("wall_s") if isinstance(saved, Mapping) else 0.0
+        # Not by `isfinite`, which fails for an int that is too large for a float.
+        is_time = isinstance(wall_s, int | float) and abs(wall_s) <= MAX_COUNT
+        return wrong if is_time else (*wrong, "wall_s is no time in the checkpoint: it is not one of ours")
 
     def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
         """The same on a different number of ranks, each problem once."""

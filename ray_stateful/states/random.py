@@ -81,7 +81,8 @@ class RandomState(RankPart):
             return wrong
         problems = [*self.check_resized({0: saved})]
         # Checkpoints of earlier versions lack it. The line names no ranks, so that it is the same on all of them.
-        if saved.get("data_parallel_rank", self._rank(current_rank())) != self._rank(current_rank()):
+        data_parallel_rank = saved.get("data_parallel_rank", self._rank(current_rank()))
+        if not is_whole(data_parallel_rank) or data_parallel_rank != self._rank(current_rank()):
             problems.append(
                 "data_parallel_rank is another one than was saved on this rank, so that ranks of one group would draw "
                 "differently: resume on the mesh that saved, or leave this part out of one restore and save it anew"
@@ -160,7 +161,8 @@ class RandomState(RankPart):
             try:
                 if name in saved["streams"]:
                     stream.try_out(saved["streams"][name])
-            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            # What Python, NumPy and torch raise for values of other kinds.
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 found.append(f"stream {name} has no state that it could go on from: {type(error).__name__}: {error}")
         return tuple(found)
 
@@ -185,7 +187,9 @@ class RandomState(RankPart):
 
 
 def _has_streams(saved: Mapping[str, Any]) -> bool:
-    return is_whole(saved.get("seed")) and isinstance(saved.get("streams"), Mapping)
+    streams = saved.get("streams") if isinstance(saved, Mapping) and is_whole(saved.get("seed")) else None
+    # The streams that every process has.
+    return isinstance(streams, Mapping) and {"python", "numpy", "torch"} <= streams.keys() <= set(map(str, streams))
 
 
 _NOT_OURS = "no seed and streams are in the checkpoint: it is not one of ours"

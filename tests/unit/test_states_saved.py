@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ray_stateful import GlobalBatchSampler, Progress, RandomState
 from ray_stateful.errors import StateMismatch
@@ -27,10 +28,17 @@ CHANGES = {
     "a seed that is a text": ("batches", ["seed"], "x"),
     "a step that is true": ("progress", ["step"], True),
     "a time that is none": ("progress", ["wall_s"], math.nan),
+    "a time too large for a float": ("progress", ["wall_s"], 10**400),
+    "a choice that is an array": ("batches", ["drop_last"], np.zeros(2)),
     "a version of another Python": ("random", ["streams", "python", "version"], 7),
     "a position beyond NumPy's words": ("random", ["streams", "numpy", "state", "pos"], 625),
     "a position before NumPy's words": ("random", ["streams", "numpy", "state", "pos"], -1),
     "streams that are a list": ("random", ["streams"], []),
+    "no streams": ("random", ["streams"], {}),
+    "a stream whose name is a number": ("random", ["streams", 1], {}),
+    "words that are pairs": ("random", ["streams", "python", "words"], torch.zeros(625, 2)),
+    "a generator that is not NumPy's": ("random", ["streams", "numpy"], {"bit_generator": "none", "state": 5}),
+    "a rank that is an array": ("random", ["data_parallel_rank"], np.zeros(2)),
     "a seed that is no number": ("random", ["seed"], None),
 }
 
@@ -55,6 +63,7 @@ def test_what_no_part_of_ours_has_saved_is_said_before_it_is_loaded(case):
 @pytest.mark.parametrize("name", PARTS)
 def test_an_entry_that_is_missing_is_said_before_anything_is_loaded(name):
     part = PARTS[name]()
+    assert part.check_saved([1, 2])
     for missing in set(part.state_dict()) - {"drop_last", "data_parallel_rank"}:  # not in earlier versions
         saved = part.state_dict()
         del saved[missing]

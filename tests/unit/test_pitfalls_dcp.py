@@ -29,7 +29,7 @@ from ray_stateful.storage.ranges import ReadLimits
 from ray_stateful.storage.reader import CheckpointReader, read_requests, value_of
 from ray_stateful.storage.reading import Request, read
 from ray_stateful.storage.uris import resolve
-from ray_stateful.storage.writer import DEFAULT_NUM_FILES
+from ray_stateful.storage.writer import DEFAULT_NUM_FILES, CheckpointWriter
 from ray_stateful.testing import Fail, FaultyStorage, Truncate
 from tests.part import Part, opened
 
@@ -97,6 +97,12 @@ def test_replicated_entries_are_balanced_by_the_bytes_of_shards_and_not_of_whole
     )
 
 
+def test_shards_that_do_not_make_up_a_tensor_are_refused_before_anything_is_written():
+    plans = [SavePlan([shard("t", offset, 2, 5)], planner_data={}) for offset in (0, 2)]
+    with pytest.raises(ValueError, match=r"do not make up whole tensors:\s+t: chunks hold 16 of 20 elements"):
+        BalancedSavePlanner().create_global_plan(plans)
+
+
 def test_two_models_in_one_process_do_not_take_each_others_plans(tmp_path):
     run = DirectoryRun(resolve(str(tmp_path))[0], str(tmp_path), str(tmp_path))
     ranks, plans = Ranks(), PlanCache()
@@ -109,6 +115,15 @@ def test_two_models_in_one_process_do_not_take_each_others_plans(tmp_path):
         assert checkpoint.restore({"part": fresh}, run=run).step == step
         assert fresh.value.keys() == value.keys()
         assert all(torch.equal(fresh.value[key], value[key]) for key in value)
+
+
+def test_a_tensor_of_other_sizes_than_its_plan_has_is_not_written(tmp_path):
+    planner = BalancedSavePlanner()
+    planner.set_up_planner({"part": {"t": torch.zeros(3)}})
+    (final,), _ = planner.create_global_plan([planner.create_local_plan()])
+    planner.state_dict["part.t"] = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"part\.t: planned a chunk of sizes \(3,\), found one of \(4,\)"):
+        CheckpointWriter(str(tmp_path)).write_data(planner.finish_plan(final), planner)
 
 
 def test_two_saves_of_one_step_never_share_a_directory(tmp_path):

@@ -68,12 +68,24 @@ def item(key, rows):
 
 def test_a_share_that_no_single_object_could_hold_goes_to_several_files():
     gib = 1 << 30
-    items = [item(f"t{n}", 10 * gib) for n in range(30)]
+    # Each as large as may be: two of them are one too many.
+    for num_gib, num_items in ((10, 30), (49, 5)):
+        items = [item(f"t{n}", num_gib * gib) for n in range(num_items)]
 
-    files = distribute(items, 2, max_file_bytes=97 * gib)
+        files = distribute(items, 2, max_file_bytes=97 * gib)
 
-    assert sorted(one.index.fqn for file in files for one in file) == sorted(one.index.fqn for one in items)
-    assert max(sum(one.tensor_data.chunk.sizes[0] for one in file) for file in files) <= 97 * gib
+        assert sorted(one.index.fqn for file in files for one in file) == sorted(one.index.fqn for one in items)
+        assert max(sum(one.tensor_data.chunk.sizes[0] for one in file) for file in files) <= 97 * gib
+
+
+def test_in_a_file_values_come_first_and_small_tensors_lie_together_whatever_the_order_of_the_plan():
+    values = [WriteItem(MetadataIndex(f"v{n}"), WriteItemType.BYTE_IO) for n in range(3)]
+    items = [*values, *(item(f"t{n}", rows) for n, rows in enumerate([9000, 4, 8000, 4, 9000, 4]))]
+
+    (file,) = distribute(items, 1, None)
+
+    assert [one.index.fqn for one in file] == ["v0", "v1", "v2", "t1", "t3", "t5", "t0", "t2", "t4"]
+    assert distribute(items, 3, None) == distribute(items[::-1], 3, None)
 
 
 class Ema:

@@ -17,7 +17,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_stateful import candidates, checkpoint, listing
 from ray_stateful.candidates import Rejected, agree
-from ray_stateful.errors import NoIntactCheckpoint, RankFailed, SaveFailed, StateMismatch, UnsupportedState
+from ray_stateful.errors import (
+    NoIntactCheckpoint,
+    RankFailed,
+    SaveFailed,
+    StateMismatch,
+    StorageError,
+    UnsupportedState,
+)
 from ray_stateful.format import layout, strict_json
 from ray_stateful.ranks import Failure
 from ray_stateful.runs import DirectoryRun
@@ -265,6 +272,40 @@ def test_a_checkpoint_that_is_named_by_its_place_needs_no_run_and_one_called_by_
     for named in (None, saved.name):
         with pytest.raises(ValueError, match="run is None"):
             checkpoint.restore({"thing": Part()}, checkpoint=named)
+
+
+class Unheard(DirectoryRun):
+    """Somebody counts the checkpoints of this run, and was told of none, or can't say of which."""
+
+    __slots__ = ()
+    reported: list[str] = []
+    denies = False
+
+    def never_reported(self, name):
+        if self.denies:
+            raise StorageError("read", self.path, "half a list")
+        return True
+
+    def report(self, prepared, name):
+        self.reported.append(name)
+
+
+def test_only_the_newest_checkpoint_is_reported_when_it_is_restored_and_only_if_it_is_known_not_to_have_been(
+    tmp_path, monkeypatch, caplog
+):
+    run = Unheard(*resolve(str(tmp_path)), str(tmp_path))
+    monkeypatch.setattr(Unheard, "reported", [])
+    older, newer = (checkpoint.save({"thing": Part(n)}, step=n, run=str(tmp_path)).name for n in (1, 2))
+
+    checkpoint.restore({"thing": Part()}, run=run, checkpoint=older)
+    checkpoint.restore({"thing": Part()}, run=run, checkpoint=newer)
+    assert run.reported == []
+    checkpoint.restore({"thing": Part()}, run=run)
+    assert run.reported == [newer]
+    monkeypatch.setattr(Unheard, "denies", True)
+    assert checkpoint.restore({"thing": Part()}, run=run).step == 2
+    assert run.reported == [newer]
+    assert f"{newer} is not reported now" in caplog.text
 
 
 def test_storage_gives_up_before_ranks_do_also_where_a_checkpoint_is_named_by_its_place(tmp_path):

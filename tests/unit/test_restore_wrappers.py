@@ -207,6 +207,32 @@ def test_extra_state_in_a_dict_that_is_not_in_the_checkpoint_stays_as_it_is(tmp_
     assert torch.equal(fresh[0].weight, saved[0].weight)
 
 
+class Longer(nn.Linear):
+    """Has extra state in a tensor, of a length that differs from version to version."""
+
+    def __init__(self, length):
+        super().__init__(4, 4)
+        self.scales = torch.full((length,), float(length))
+
+    def get_extra_state(self):
+        return self.scales
+
+    def set_extra_state(self, state):
+        self.scales = state
+
+
+def test_extra_state_of_another_size_is_left_alone_and_the_part_is_not_called_exact(tmp_path):
+    saved, fresh = nn.Sequential(Longer(2)), nn.Sequential(Longer(3))
+    checkpoint.save(state_of(saved), step=1, run=str(tmp_path))
+
+    report = checkpoint.restore(state_of(fresh), run=str(tmp_path))
+
+    assert outcomes(report) == {"model": "partial"}
+    assert "0._extra_state is left alone: shape (3,) here, (2,) in the checkpoint" in str(report)
+    assert torch.equal(fresh[0].scales, torch.full((3,), 3.0))
+    assert torch.equal(fresh[0].weight, saved[0].weight)
+
+
 def test_a_hyperparameter_in_a_dict_that_is_not_in_the_checkpoint_stays_as_it_is(tmp_path):
     saved, fresh = Model(), Model()
     one = torch.optim.AdamW([{"params": saved.body.parameters(), "clip": {"norm": 1.0}}])

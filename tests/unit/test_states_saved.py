@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ray_stateful import GlobalBatchSampler, Progress, RandomState
+from ray_stateful import GlobalBatchSampler, Progress, RandomState, checkpoint
 from ray_stateful.errors import StateMismatch
+from tests.part import Part
 
 PARTS = {
     "batches": lambda: GlobalBatchSampler(100, global_batch_size=10, micro_batch_size=5),
@@ -68,6 +69,15 @@ def test_an_entry_that_is_missing_is_said_before_anything_is_loaded(name):
         saved = part.state_dict()
         del saved[missing]
         assert part.check_saved(saved), missing
+
+
+def test_what_is_said_of_an_entry_that_is_missing_is_what_the_restore_says(tmp_path):
+    part = PARTS["batches"]()
+    saved = {name: value for name, value in part.state_dict().items() if name != "length"}
+    checkpoint.save({"batches": Part(saved)}, step=1, run=str(tmp_path))
+
+    with pytest.raises(StateMismatch, match=r"batches: length is a NoneType in the checkpoint"):
+        checkpoint.restore({"batches": part}, run=str(tmp_path))
 
 
 def test_counts_of_numpy_are_counts_and_so_are_those_that_earlier_versions_saved():

@@ -19,6 +19,7 @@ from ray_stateful.wrappers.optimizer_keys import (
     STATE,
     ByName,
     check_hyperparameters,
+    check_state,
     flatten,
     leaves,
     nested,
@@ -80,8 +81,17 @@ class Fsdp1Optimizer:
         self._live = self._flat()
 
     def check(self, state: ByName, hyper: ByName) -> None:
-        """Refuse what does not fit, before anything is touched: only what `check_groups` refuses."""
+        """Refuse what does not fit, after a `look` and before anything is touched.
+
+        Raises:
+            ValueError: hyperparameters differ within a group, shapes differ, or part of a parameter's state is missing.
+        """
+        live, self._live = self._live, {}
         self.check_groups(hyper)
+        for key in sorted(state.keys() & self._names.keys()):
+            ours = {name: live.get(f"{STATE}.{key}.{name}") for name in self._names[key]}
+            check_state(key, state[key], ours, ours)
+        self._live = live
 
     def check_groups(self, hyper: ByName) -> None:
         """Refuse hyperparameters that differ within a group, with a `ValueError` on this rank alone."""

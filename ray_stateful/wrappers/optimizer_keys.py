@@ -136,6 +136,26 @@ def check_hyperparameters(members: Sequence[str], hyper: ByName) -> None:
                 )
 
 
+def check_state(key: str, given: Mapping[str, Any], ours: Mapping[str, Any], expected: Iterable[str]) -> None:
+    """Refuse state of parameter `key` that does not fit.
+
+    Args:
+        ours: What it will be copied into, by name.
+        expected: The names that have to be there.
+
+    Raises:
+        ValueError: shapes differ, or names are missing.
+    """
+    for name, theirs in given.items():
+        mine = ours.get(name)
+        if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor) and mine.size() != theirs.size():
+            where = f"{STATE}.{key}.{name}"
+            raise ValueError(f"{where!r} has shape {tuple(theirs.size())}, and {tuple(mine.size())} here")
+    absent = sorted(set(expected) - given.keys())
+    if absent:
+        raise ValueError(f"{STATE}.{key} lacks {absent}: part of a parameter's state is of no use")
+
+
 def equal(one: Any, other: Any) -> bool:
     """Whether two hyperparameters are the same: numbers, tensors, or lists and tuples."""
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):

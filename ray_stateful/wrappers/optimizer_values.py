@@ -23,6 +23,7 @@ from ray_stateful.wrappers.optimizer_keys import (
     STATE,
     ByName,
     check_hyperparameters,
+    check_state,
     leaves,
     of_group,
 )
@@ -167,16 +168,9 @@ class BoundOptimizer:
         self.check_groups(hyper)
         starting = self._initial(state)
         for key, parameter in self.parameters():
-            given = state.get(key, {})
-            ours = dict(leaves(starting.get(key) or self.optimizer.state.get(parameter, {})))
-            for name, theirs in given.items():
-                mine = ours.get(name)
-                if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor) and mine.shape != theirs.shape:
-                    where = f"{STATE}.{key}.{name}"
-                    raise ValueError(f"{where!r} has shape {tuple(theirs.shape)}, and {tuple(mine.shape)} here")
-            absent = sorted({name for name, _ in leaves(self._offered.get(key, ours))} - given.keys())
-            if key in state and absent:
-                raise ValueError(f"{STATE}.{key} lacks {absent}: part of a parameter's state is of no use")
+            if key in state:
+                ours = dict(leaves(starting.get(key) or self.optimizer.state.get(parameter, {})))
+                check_state(key, state[key], ours, dict(leaves(self._offered.get(key, ours))))
 
     def _initial(self, given: ByName) -> dict[str, dict[str, Any]]:
         """The state to be filled of the parameters that have none, and were offered none that is filled already."""

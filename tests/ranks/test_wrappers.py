@@ -271,6 +271,27 @@ def test_a_new_parameter_that_comes_first_in_its_group_does_not_cost_it_its_lear
     assert run_ranks(2, joined_by_a_new_parameter, wrapping) == [[0.1]] * 2
 
 
+def misfits(wrapping: str) -> None:
+    warnings.simplefilter("ignore")
+    model, optimizer, _, state = parts(wrapping, 1)
+    train(model, optimizer, num_steps=1)
+    saved = state["optimizer"].state_dict()["optim"]
+    key = next(key for key in saved if key.endswith("up.weight.exp_avg"))
+    kept = {name: value for name, value in saved.items() if name != key}
+    for given, found in (({key: torch.ones(1)}, r"has shape \(1,\), and \(3, 8\) here"), ({}, r"lacks \['exp_avg'\]")):
+        fresh = WRAPPINGS[wrapping](Tied(seed=2))
+        again = torch.optim.AdamW(fresh.parameters(), lr=9.0)
+        with pytest.raises(ValueError, match=found):
+            OptimizerState(fresh, again).load_state_dict({"optim": {**kept, **given}})
+        assert not again.state
+        assert again.param_groups[0]["lr"] == 9.0
+
+
+@pytest.mark.parametrize("wrapping", ["fsdp1", "fsdp1_flat", "fsdp2"])
+def test_state_that_a_sharded_optimizer_can_not_have_is_refused_on_every_rank_before_any_is_loaded(wrapping):
+    passed(run_ranks(2, misfits, wrapping))
+
+
 def regrouped(directory: str) -> None:
     warnings.simplefilter("ignore")
     for wrapping in ("fsdp1", "fsdp1_flat", "fsdp2"):

@@ -69,6 +69,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_ELSEWHERE = "its run is elsewhere than rank 0's: give every rank the same, in Ray Train's local mode by a name"
+
 
 def save(
     state: Mapping[str, Any],
@@ -219,10 +221,6 @@ class Saving:
         self._name = str(CheckpointName(self._step, f"{rows[0][0]:06x}"))
         path = posixpath.join(run.path, self._name)
         _raise_if_any_failed(path, "plan", failures, outcome)
-        others = [rank for rank, row in enumerate(rows) if row[-1] != rows[0][-1]]
-        if others:
-            where = "its run is elsewhere than rank 0's: give every rank the same, in Ray Train's local mode by a name"
-            raise SaveFailed(path, "plan", dict.fromkeys(others, where))
 
         # 4.
         description = self._describe(ranks)
@@ -236,10 +234,14 @@ class Saving:
         writer.set_up_storage_writer(ranks.rank == 0, rank=ranks.rank)
         try:
             self._write_and_commit(ranks, path, writer, plan, metadata)
-        except SaveFailed:
+        except SaveFailed as error:
             # A write that was given up may still add files to the directory: an orphan, to be collected later.
             if ranks.rank == 0 and not writer.may_be_committed:
                 commit.discard(storage, path, ranks.timeout_s / 8)
+            # Not refused beforehand: one directory may be mounted at several paths. If it is not one, the commit fails.
+            others = [rank for rank, row in enumerate(rows) if row[-1] != rows[0][-1]]
+            if others and error.phase == "commit":
+                raise SaveFailed(path, error.phase, dict.fromkeys(others, _ELSEWHERE) | error.causes) from error
             raise
         self._created_s = time.time()
         # Measured to here: a background save waits for its report until the training thread comes to make it.

@@ -462,6 +462,21 @@ def test_ranks_that_save_to_different_places_are_told_so_and_commit_nothing(tmp_
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
+def save_through_two_mounts(root):
+    run = f"{root}/{'directory' if dist.get_rank() == 0 else 'mounted'}"
+    checkpoint.save({"part": Shards(1)}, step=1, run=run, timeout_s=20)
+    fresh = Shards(0)
+    checkpoint.restore({"part": fresh}, run=run, timeout_s=20)
+    return fresh.holds(1)
+
+
+def test_ranks_may_have_one_directory_at_different_paths(tmp_path):
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "mounted").symlink_to(tmp_path / "directory")
+
+    assert run_ranks(2, save_through_two_mounts, str(tmp_path)) == [True, True]
+
+
 def save_a_bare_optimizer(path):
     model = torch.nn.Linear(4, 4)
     fully_shard(model)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from ray_stateful.errors import UnsupportedState
@@ -161,6 +161,8 @@ class BoundOptimizer:
     def check(self, state: ByName, hyper: ByName) -> None:
         """Refuse what does not fit, before anything is touched. Parameters of other optimizers are ignored.
 
+        Like `load`, collective for sharded parameters with dampened momentum.
+
         Raises:
             ValueError: hyperparameters differ within a group, shapes differ, or part of a parameter's state is missing.
             UnsupportedState: the optimizer can't make the state that is to be filled.
@@ -281,5 +283,13 @@ def bind(optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> dict[torch.
 
 
 def _is_negative_zero(value: Any) -> bool:
+    """Whether every element is -0.0. Collective over a DTensor's mesh: an empty shard can't tell by itself."""
     local = local_of(value)
-    return isinstance(local, torch.Tensor) and bool(((local == 0) & local.signbit()).all())
+    if not isinstance(local, torch.Tensor):
+        return False
+    answer = ((local == 0) & local.signbit()).all()
+    if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is not None:
+        mesh = value.device_mesh
+        everyones = DTensor.from_local(answer.int().view(1).to(mesh.device_type), mesh, [Shard(0)] * mesh.ndim)
+        answer = everyones.full_tensor().all()
+    return bool(answer)

@@ -254,6 +254,31 @@ def test_an_unused_expert_and_live_gradients_cost_no_moments_on_ranks(wrapping, 
     passed(run_ranks(2, unused_expert, str(tmp_path), wrapping))
 
 
+def with_momentum(directory: str, num_steps: int) -> tuple[list[str], list[str]]:
+    """The parameters that have a momentum on this rank, where it was saved and where it was loaded."""
+    found = []
+    for seed in (1, 2):
+        model = fsdp2(Tied(seed=seed))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+        state = {"optimizer": OptimizerState(model, optimizer)}
+        if seed == 1:
+            train(model, optimizer, num_steps=num_steps)
+            checkpoint.save(state, step=num_steps, run=directory)
+        else:
+            checkpoint.restore(state, run=directory)
+        found.append([name for name, parameter in model.named_parameters() if optimizer.state.get(parameter)])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(("num_steps", "has_momentum"), [(0, False), (2, True)])
+def test_dampened_momentum_comes_back_on_the_ranks_with_an_empty_shard_as_on_all_others(
+    num_steps, has_momentum, tmp_path
+):
+    everyone = passed(run_ranks(4, with_momentum, str(tmp_path), num_steps))
+    assert bool(everyone[0][0]) == has_momentum
+    assert everyone == [(everyone[0][0], everyone[0][0])] * 4
+
+
 def joined_by_a_new_parameter(wrapping: str) -> list[float]:
     warnings.simplefilter("ignore")
     *_, state = parts(wrapping, 1)

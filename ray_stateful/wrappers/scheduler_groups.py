@@ -36,6 +36,9 @@ def regrouped(
     if len(lengths) != 1:
         return dict(theirs)
     (num_saved,) = lengths
+    if any(isinstance(ours.get(name), (list, tuple)) and len(ours[name]) == num_saved for name in lists):
+        # Groups that were added after the scheduler was made, here as there, have no entries.
+        groups = groups[:num_saved]
     told = _told(lists, groups)
     found = [_entries(num_saved, told, saved) for saved in groups]
     # Hyperparameters are saved with parameters, so nothing is known of a group without any. Among as many groups as

@@ -186,6 +186,30 @@ def test_a_group_without_parameters_is_no_reason_to_refuse_the_code_that_saved(t
     assert fresh[2].state_dict() == saved[2].state_dict()
 
 
+@pytest.mark.parametrize("name", ["ReduceLROnPlateau", "CosineAnnealingLR", "StepLR"])
+def test_a_group_that_was_added_since_the_last_step_of_the_scheduler_goes_on_as_if_it_had_not_stopped(name, tmp_path):
+    def with_added(seed: int, num_steps: int) -> tuple[Model, torch.optim.Optimizer, Any]:
+        made = build(seed, ["body", "neck"], make)
+        for _ in range(num_steps):
+            train(*made)
+        made[1].add_param_group({"params": list(made[0].head.parameters()), "lr": 0.05})
+        return made
+
+    make = {
+        "ReduceLROnPlateau": lambda optimizer, order: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+        "CosineAnnealingLR": lambda optimizer, order: lr_scheduler.CosineAnnealingLR(optimizer, 9),
+        "StepLR": lambda optimizer, order: lr_scheduler.StepLR(optimizer, 2, 0.5),
+    }[name]
+    saved, fresh = with_added(1, 2), with_added(2, 0)
+    checkpoint.save(state_of(*saved), step=2, run=str(tmp_path))
+    checkpoint.restore(state_of(*fresh), run=str(tmp_path))
+    for _ in range(4):
+        assert fresh[2].state_dict() == saved[2].state_dict()
+        assert rates(*fresh[:2]) == rates(*saved[:2])
+        for one in (saved, fresh):
+            train(*one)
+
+
 class Numbered:
     """A user's own scheduler, made of two of torch's, with a state by number."""
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import posixpath
+import random
 import sys
 import time
 from dataclasses import dataclass
@@ -213,7 +214,7 @@ def current_run() -> Run | None:
     import ray.train
 
     try:
-        context = ray.train.get_context()
+        context = _context()
     except (RuntimeError, DeprecationWarning):  # a driver; a trial of Ray Tune
         return None
     try:
@@ -253,6 +254,18 @@ def find_run(run: Run | str | os.PathLike[str] | None) -> Run:
     return run
 
 
+def _context() -> Any:
+    import ray.train
+
+    # The first time, Ray may import ray.tune, and with it rich, which draws from the stream that training draws from.
+    stream = None if "ray.tune" in sys.modules else random.getstate()
+    try:
+        return ray.train.get_context()
+    finally:
+        if stream is not None:
+            random.setstate(stream)
+
+
 def _refuse_lone_workers() -> None:
     """Refuse a Ray Train worker among others that has no process group.
 
@@ -261,13 +274,11 @@ def _refuse_lone_workers() -> None:
     """
     if "ray.train" not in sys.modules:
         return
-    from ray.train import get_context
-
     # Here, as the commands get by without torch.
     from ray_stateful.ranks import world
 
     try:
-        num_workers = get_context().get_world_size() if world() is None else 0
+        num_workers = _context().get_world_size() if world() is None else 0
     except (RuntimeError, DeprecationWarning):  # a driver; a trial of Ray Tune
         return
     if num_workers > 1:

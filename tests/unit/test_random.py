@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +72,18 @@ def test_streams_go_on_where_they_were_although_another_part_draws_while_it_is_l
     checkpoint.restore({"random": RandomState(), "zeta": Drawing(1)}, run=str(tmp_path))
 
     assert draw({}) == expected
+
+
+def test_the_first_save_of_a_process_that_is_no_worker_of_ray_draws_from_no_stream(tmp_path):
+    script = """if True:
+        import random, sys
+        import ray.train
+        from ray_stateful import RandomState, save
+        before = random.getstate()
+        save({"random": RandomState(seed=0)}, step=1, run=sys.argv[1])
+        assert random.getstate() == before
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], check=True, timeout=120)
 
 
 def test_what_was_saved_does_not_change_with_later_draws():

@@ -133,7 +133,11 @@ class OptimizerState(StrictPart):
         sched, groups = saved.get("sched") or {}, self._saved_groups(hyper)
         if schedulers.has_tensors([sched, groups]):
             groups = [None] * len(groups)
-        problems += schedulers.check(self.scheduler, sched, groups)
+        try:
+            problems += schedulers.check(self.scheduler, sched, groups)
+        # A list in the place of a dict, a text in that of a rate: a checkpoint may have anything under these names.
+        except (AttributeError, TypeError) as error:
+            problems.append(f"sched is the state of no scheduler of ours: {type(error).__name__}: {error}")
         return tuple(problems)
 
     def changed_from(self, saved: dict[str, Any]) -> tuple[str, ...]:

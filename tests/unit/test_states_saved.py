@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_stateful import GlobalBatchSampler, Progress, RandomState, checkpoint
+from ray_stateful import GlobalBatchSampler, OptimizerState, Progress, RandomState, checkpoint
 from ray_stateful.errors import StateMismatch
 from tests.part import Part
 
@@ -59,6 +59,24 @@ def test_what_no_part_of_ours_has_saved_is_said_before_it_is_loaded(case):
     part = PARTS[name]()
     assert part.check_saved(part.state_dict()) == ()
     assert part.check_saved(changed(part.state_dict(), path, value))
+
+
+@pytest.mark.parametrize(
+    "sched",
+    [5, [1, 2], {"_schedulers": 5}, {"_schedulers": [1, 2]}, {"_last_lr": [None]}, {"_last_lr": ["x"]}],
+    ids=str,
+)
+def test_a_state_of_no_scheduler_is_said_before_it_is_loaded(sched):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedules = [torch.optim.lr_scheduler.ConstantLR(optimizer) for _ in range(2)]
+    part = OptimizerState(model, optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, schedules, [5]))
+    saved = part.state_dict()
+    assert part.check_saved(saved) == ()
+
+    changes = {**saved["sched"], **sched} if isinstance(sched, dict) else sched
+
+    assert part.check_saved({**saved, "sched": changes})
 
 
 @pytest.mark.parametrize("name", PARTS)

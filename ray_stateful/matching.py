@@ -123,7 +123,9 @@ def _two_in_one(
         # The result of a collective that nobody has waited for has no memory of its own to compare.
         if tensor.numel() == 0 or tensor.data_ptr() == 0:
             continue
-        other = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), key)
+        # A complex tensor and its conjugate have one memory, and different values.
+        seen_as = (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        other = first.setdefault((tensor.data_ptr(), *seen_as), key)
         if other != key and _differ(opened.chunks[sources[other]], opened.chunks[sources[key]]):
             yield key, other
 

@@ -182,6 +182,22 @@ def test_two_tensors_that_are_one_here_are_refused_unless_they_are_equal_in_the_
     assert [part.outcome for part in report.parts] == ["exact"]
 
 
+def with_conjugates(seed):
+    model = nn.Module()
+    number = torch.randn(3, dtype=torch.complex64, generator=torch.Generator().manual_seed(seed))
+    model.register_buffer("number", number)
+    model.register_buffer("conjugate", number.conj())
+    return model
+
+
+def test_a_complex_buffer_and_its_conjugate_are_not_taken_for_one_tensor(tmp_path):
+    saved, fresh = with_conjugates(1), with_conjugates(2)
+    checkpoint.save({"model": ModelState(saved)}, step=1, run=str(tmp_path))
+    checkpoint.restore({"model": ModelState(fresh)}, run=str(tmp_path))
+    assert torch.equal(fresh.number, saved.number)
+    assert torch.equal(fresh.conjugate, saved.conjugate)
+
+
 def test_a_parameter_that_is_named_as_a_rank_is_the_models(tmp_path):
     def build(fill):
         model = nn.Linear(2, 2)

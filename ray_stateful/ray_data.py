@@ -38,6 +38,7 @@ from ray.data import DataIterator
 
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks
 from ray_stateful.ray_shards import ResumableDataConfig, ResumableShard, ids_of
+from ray_stateful.states.counts import count_problems
 from ray_stateful.states.part import RankPart, World
 from ray_stateful.states.row_sets import RowSet
 from ray_stateful.states.shares import split_evenly
@@ -199,6 +200,13 @@ class RayDataBatches(RankPart):
 
     def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
         """The reasons why `saved` can't be loaded, one line each; changes nothing."""
+        # The batch size is not in checkpoints of earlier versions.
+        given = {"global_batch_size": 1, **saved} if isinstance(saved, Mapping) else saved
+        wrong = count_problems(given, {"epoch": 0, "position": 0, "samples": 0, "global_batch_size": 1})
+        if not wrong and not _has_rows(saved):
+            wrong = ("first and last are no ranges of row ids in the checkpoint: it is not one of ours",)
+        if wrong:
+            return wrong
         if not self.changed_from(saved) or "global_batch_size" in self._allow_change:
             return ()
         was = saved["global_batch_size"]
@@ -209,7 +217,7 @@ class RayDataBatches(RankPart):
 
     def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
         """The same as `check_saved`, when a different number of workers saved it."""
-        return self.check_saved(saved[0])
+        return tuple(dict.fromkeys(problem for state in saved.values() for problem in self.check_saved(state)))
 
     def changed_from(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
         """What will not be as it was saved, in a few words; changes nothing."""
@@ -288,6 +296,14 @@ class RayDataBatches(RankPart):
             scale = self._ranks.world_size / num_samples
             micros.append(RowMicroBatch(data, scale) if size else RowMicroBatch(stand_in, 0.0, is_padding=True))
         return RowBatch(self.epoch, num_samples, tuple(micros))
+
+
+def _has_rows(saved: Mapping[str, Any]) -> bool:
+    """Whether the tensors of the ranges of rows are there; they are not read yet."""
+    first, last = saved.get("first"), saved.get("last")
+    if not isinstance(first, torch.Tensor) or not isinstance(last, torch.Tensor):
+        return False
+    return first.dtype == last.dtype == torch.int64 and first.dim() == 1 and first.shape == last.shape
 
 
 def _row_set(state: Mapping[str, Any]) -> RowSet:

@@ -195,6 +195,33 @@ def test_datasets_that_are_not_named_are_as_without_us(cluster):
     assert [isinstance(shard["valid"], ray.data.DataIterator) for shard in shards] == [True, True]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"position": "x"},
+        {"epoch": -1},
+        {"samples": None},
+        {"global_batch_size": "x"},
+        {"first": 5},
+        {"last": torch.zeros(3)},
+        {"last": torch.zeros(3, dtype=torch.int64)},
+        {"first": torch.zeros(2, 1, dtype=torch.int64)},
+    ],
+    ids=str,
+)
+def test_what_no_batches_of_ours_have_saved_is_said_before_it_is_loaded(changes):
+    batches = object.__new__(RayDataBatches)  # to make one takes a worker
+    batches.global_batch_size, batches._allow_change = 16, frozenset()
+    rows = torch.zeros(2, dtype=torch.int64)
+    saved = {"epoch": 0, "position": 8, "samples": 8, "global_batch_size": 16, "first": rows, "last": rows}
+    earlier = {name: value for name, value in saved.items() if name != "global_batch_size"}
+    assert batches.check_saved(saved) == batches.check_saved(earlier) == batches.check_resized({0: saved}) == ()
+
+    assert batches.check_saved({**saved, **changes})
+    assert batches.check_resized({0: saved, 1: {**saved, **changes}})
+    assert batches.check_saved([1, 2])
+
+
 def test_a_name_instead_of_names_is_refused():
     with pytest.raises(ValueError, match=r"\['train'\]"):
         ResumableDataConfig(row_id="id", resumable="train")

@@ -35,6 +35,7 @@ from ray_stateful.storage import commit, weights
 from ray_stateful.storage.base import Storage
 from ray_stateful.storage.commit import Description
 from ray_stateful.storage.opening import OpenCheckpoint
+from ray_stateful.storage.planner import refuse_name
 from ray_stateful.storage.reader import read_requests, value_of
 from ray_stateful.storage.reading import Request
 from ray_stateful.storage.writer import DEFAULT_NUM_FILES, CheckpointWriter
@@ -101,11 +102,14 @@ def find(storage: Storage, path: str, part: str = "model") -> Source:
 
     Raises:
         DamagedCheckpoint: there is nothing of these kinds, or it can't be read.
-        UnsupportedState: `part` can't be the name of a part.
+        UnsupportedState: `part` can't be the name of a part, or an entry has a name that no checkpoint can have.
     """
     check_name(part)
     opened = weights.parse(weights.fetch(storage, path))
-    return _source(storage, opened if weights.has_parts(opened) else weights.below(opened, part))
+    source = _source(storage, opened if weights.has_parts(opened) else weights.below(opened, part))
+    for entry in source.entries:
+        refuse_name(entry.key, entry.path)
+    return source
 
 
 def import_checkpoint(

@@ -185,13 +185,18 @@ def _is_empty_shard(item: WriteItem) -> bool:
     return data is not None and math.prod(data.chunk.sizes) == 0 and math.prod(data.size) > 0
 
 
-def _refuse_unsupported(key: str, path: KeyPath, value: Any) -> None:
+def refuse_name(key: str, path: KeyPath) -> None:
+    """Refuse what can't be the key and path of an entry: `UnsupportedState`."""
     if len(path) > MAX_PATH_LENGTH:
         found = f"an entry {len(path)} levels deep, of which an index has {MAX_PATH_LENGTH},"
         raise UnsupportedState(key, found, "flatten it")
     if not key.isascii() and _LONE_HALF.search(key) is not None:
         found = "an entry whose name is not valid Unicode (it has a lone surrogate)"
         raise UnsupportedState(ascii(key), found, "use a different name")
+
+
+def _refuse_unsupported(key: str, path: KeyPath, value: Any) -> None:
+    refuse_name(key, path)
     if not isinstance(value, torch.Tensor):
         return
     if isinstance(value, DTensor) and any(placement.is_partial() for placement in value.placements):

@@ -315,6 +315,20 @@ def test_weights_are_not_imported_under_a_name_that_no_part_can_have(tmp_path):
         assert "a part of this name" in run("import", tmp_path / "out", tmp_path / "x", "--part", name, exit_code=2)
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_has_a_name_that_no_checkpoint_can_have_is_not_imported(tmp_path, deep):
+    nested = torch.ones(2)
+    for _ in range(63):
+        nested = {"x": nested}
+    # Of a directory in which something is below no part, all becomes a part.
+    state = {"top": torch.ones(2), "deep": nested} if deep else {"model": {"half of a pair \ud800": torch.ones(2)}}
+    dcp.save(state, checkpoint_id=tmp_path / "plain")
+
+    said = run("import", tmp_path / "plain", tmp_path / "x", exit_code=2)
+
+    assert ("an entry 65 levels deep" if deep else "has a lone surrogate") in said
+
+
 def test_importing_an_export_is_the_same_checkpoint(tmp_path):
     uri = save(tmp_path / "run", every_dtype())
     run("export", uri, tmp_path / "out", "--format", "safetensors", "--max-file-size", "200")

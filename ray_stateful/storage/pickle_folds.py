@@ -71,11 +71,10 @@ _COPIES = _COMPLEX | frozenset(
     }
 )
 _BYTEARRAYS = frozenset({"__builtin__ bytearray", "builtins bytearray"})
-# Other names are left to torch, which refuses those that were not registered as safe globals; those of DTensors are.
-# It also takes the names of Python 2, of which some lead to `collections`.
-_FOR_TORCH_TO_JUDGE = re.compile(
-    r"(?!(__builtin__|builtins|_codecs|collections|User(Dict|List|String)|torch(?!\.distributed\.)(\..*)?) )"
-)
+# Other names are left to torch, which refuses those that were not registered as safe globals. Not torch's own, as those
+# of DTensors are, and to make a DeviceMesh is a collective. torch also takes the names of Python 2, of which some lead
+# to `collections`.
+_FOR_TORCH_TO_JUDGE = re.compile(r"(?!(__builtin__|builtins|_codecs|collections|User(Dict|List|String)|torch(\..*)?) )")
 
 
 class _Hashed:

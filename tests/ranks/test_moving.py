@@ -1,7 +1,9 @@
 """Coming from Ray's documented recipe: DCP, a temporary directory, one object with model and optimizer in it."""
 
 import json
+import pickle
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -10,8 +12,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from attacks.archives import name_of
+from attacks.corpus import Workshop
+from attacks.pickles import archive, items_are, text
+from attacks.victim import Free
 from ray_stateful import ModelState, OptimizerState, Progress, RandomState, restore, save
 from ray_stateful.cli.main import main
+from ray_stateful.errors import NoIntactCheckpoint
 from ray_stateful.testing import run_ranks
 
 
@@ -78,6 +85,26 @@ def train_and_save(run):
         progress.count(samples=8)
     state = {"model": ModelState(build(seed=1)[0]), "progress": progress, "random": RandomState()}
     return save(state, step=3, samples=24, run=run, timeout_s=60).uri
+
+
+def restore_what_makes_a_mesh(path, run):
+    restore({"thing": Free()}, checkpoint=path, run=run, timeout_s=20)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+def test_an_item_that_would_make_a_device_mesh_is_refused_on_every_rank(tmp_path):
+    # Its constructor is a collective, which the one rank that reads a tensor for all would enter alone.
+    path = str(tmp_path / "plain")
+    dcp.save({"thing": {"weights": torch.ones(40, 30)}}, checkpoint_id=path)
+    ranks = pickle.EMPTY_LIST + pickle.MARK + pickle.BININT1 + b"\0" + pickle.BININT1 + b"\1" + pickle.APPENDS
+    call = name_of("torch.distributed.device_mesh", "DeviceMesh") + text("cpu") + ranks + pickle.TUPLE2 + pickle.REDUCE
+    padding = pickle.NONE * 5000 + call  # as long as the tensor would be
+    items_are(Workshop(tmp_path / "plain"), archive(pickle.PROTO + b"\2" + padding + pickle.STOP), "thing.weights")
+
+    outcomes = run_ranks(3, restore_what_makes_a_mesh, path, str(tmp_path / "run"))
+
+    assert [type(outcome) for outcome in outcomes] == [NoIntactCheckpoint] * 3
+    assert "DeviceMesh" in str(outcomes[0])
 
 
 def go_on_from_an_import(run):

@@ -99,6 +99,15 @@ class LoaderState(RankPart):
         with torch.random.fork_rng(devices=[]):
             return {"loader": self._loader.state_dict()}
 
+    def check_saved(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """What keeps `saved` from being loaded, one line each; changes nothing."""
+        is_ours = isinstance(saved, Mapping) and "loader" in saved
+        return () if is_ours else ("no state of a loader is in the checkpoint: it is not one of ours",)
+
+    def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+        """The same on a different number of ranks, each problem once."""
+        return tuple(dict.fromkeys(problem for state in saved.values() for problem in self.check_saved(state)))
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._loader.load_state_dict(state_dict["loader"])
         self._start()

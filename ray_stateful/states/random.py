@@ -268,6 +268,8 @@ class _Torch:
 
 
 def _set_python(generator: random.Random, state: Any) -> None:
+    if not isinstance(state["gauss"], float | None):  # Python keeps anything, and fails at the next `gauss`
+        raise TypeError(f"gauss is a {type(state['gauss']).__name__}")
     generator.setstate((state["version"], tuple(int(word) for word in state["words"]), state["gauss"]))
 
 

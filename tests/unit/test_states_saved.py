@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_stateful import GlobalBatchSampler, OptimizerState, Progress, RandomState, checkpoint
+from ray_stateful import GlobalBatchSampler, LoaderState, OptimizerState, Progress, RandomState, checkpoint
 from ray_stateful.errors import StateMismatch
 from tests.part import Part
 
@@ -37,6 +37,7 @@ CHANGES = {
     "streams that are a list": ("random", ["streams"], []),
     "no streams": ("random", ["streams"], {}),
     "a stream whose name is a number": ("random", ["streams", 1], {}),
+    "a number that is a text": ("random", ["streams", "python", "gauss"], "x"),
     "words that are pairs": ("random", ["streams", "python", "words"], torch.zeros(625, 2)),
     "a generator that is not NumPy's": ("random", ["streams", "numpy"], {"bit_generator": "none", "state": 5}),
     "a rank that is an array": ("random", ["data_parallel_rank"], np.zeros(2)),
@@ -96,6 +97,23 @@ def test_what_is_said_of_an_entry_that_is_missing_is_what_the_restore_says(tmp_p
 
     with pytest.raises(StateMismatch, match=r"batches: length is a NoneType in the checkpoint"):
         checkpoint.restore({"batches": part}, run=str(tmp_path))
+
+
+def test_a_loader_without_a_state_is_said_before_it_is_loaded():
+    class Loader:
+        def state_dict(self):
+            return {"position": 3}
+
+        def load_state_dict(self, state):
+            raise AssertionError("is not asked")
+
+    part = LoaderState(Loader())
+    saved = part.state_dict()
+
+    assert part.check_saved(saved) == part.check_resized({0: saved, 1: saved}) == ()
+    for other in ({}, 5, {"position": 3}):
+        assert part.check_saved(other)
+        assert len(part.check_resized({0: saved, 1: other, 2: other})) == 1
 
 
 def test_counts_of_numpy_are_counts_and_so_are_those_that_earlier_versions_saved():

@@ -388,6 +388,15 @@ def metadata_of_empty_lists(workshop):
 
 
 @attack(foreign=True)
+def path_that_is_joined_again_and_again(workshop):
+    """One path of four thousand letters, joined three hundred thousand times: each is a text of its own."""
+    name = text("pathlib") + text("PosixPath") + pickle.STACK_GLOBAL + pickle.BINPUT + b"\0"
+    parts = text("x" * 4000) + text("y") + pickle.TUPLE2 + pickle.BINPUT + b"\1"
+    paths = (pickle.BINGET + b"\0" + pickle.BINGET + b"\1" + pickle.REDUCE) * 300_000
+    metadata_is(workshop, assemble(name, parts, pickle.EMPTY_LIST, pickle.MARK, paths, pickle.APPENDS))
+
+
+@attack(foreign=True)
 def metadata_of_marks(workshop):
     """Twelve million marks, each of which begins a list of what comes after it."""
     metadata_is(workshop, assemble(pickle.MARK * 12_000_000))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -20,6 +21,8 @@ from typing import Any, ClassVar
 # one mark per 40, remembers one object per 11, and has one per 5 bytes of any kind that is neither text nor number.
 _FREE_OBJECTS = 1 << 18
 _MIN_BYTES = {"list": 16, "mark": 16, "memory": 6, "object": 4}
+# What functions return, in bytes of memory: a long path again and again. DCP's takes little more than its pickle.
+_FREE_RESULT_BYTES, _RESULT_BYTES_A_BYTE = 16 << 20, 8
 # The most keys with the same hash, not counting texts: their hashes can't be chosen, as they depend on a secret of the
 # process.
 MAX_EQUAL_HASHES = 1000
@@ -101,6 +104,7 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         self._values, self._functions, self._classes, self._is_key = values, functions, classes, is_key
         self._hashes: Counter[int] = Counter()
         self._left = {kind: _FREE_OBJECTS + len(data) // size for kind, size in _MIN_BYTES.items()}
+        self._left["result"] = _FREE_RESULT_BYTES + _RESULT_BYTES_A_BYTE * len(data)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._values:
@@ -117,6 +121,7 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
         if not isinstance(function, _Name) or function.target not in self._functions.values():
             raise pickle.UnpicklingError("calls what is not on the list")
         self.stack[-1] = function.target(*arguments)
+        self._count("result", sys.getsizeof(self.stack[-1]))
 
     def _load_newobj(self) -> None:
         self._count("object")
@@ -163,8 +168,8 @@ class StrictUnpickler(_Reader):  # type: ignore[misc]  # a base of type Any, see
                 raise pickle.UnpicklingError(f"has more than {MAX_EQUAL_HASHES} keys of one hash")
         target[key] = value
 
-    def _count(self, kind: str) -> None:
-        self._left[kind] -= 1
+    def _count(self, kind: str, number: int = 1) -> None:
+        self._left[kind] -= number
         if self._left[kind] < 0:
             raise pickle.UnpicklingError("makes more lists, dicts, tuples and objects than its length allows")
 

@@ -17,9 +17,11 @@ from ray_stateful.cli.main import main
 from ray_stateful.cli.places import ListedRun, open_run
 from ray_stateful.errors import StorageError
 from ray_stateful.format import layout
+from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.retries import RetryingStorage
 from ray_stateful.storage.uris import resolve
+from ray_stateful.testing import Fail, FaultyStorage
 
 HOUR = 3600.0
 
@@ -188,6 +190,34 @@ def test_what_changes_between_the_search_and_the_deletion_stays(tmp_path, what):
     assert deleted == []
     assert list(kept) == [name]
     assert name in names(tmp_path)
+
+
+def long_ago(storage, path):
+    return 0.0
+
+
+def test_an_orphan_that_can_not_be_deleted_is_kept_with_the_reason_and_the_others_go(tmp_path):
+    first, second, newest = (make(tmp_path, step) for step in (1, 2, 3))
+    (tmp_path / "logs").mkdir()
+    storage, path = resolve(str(tmp_path))
+    denied = Fail("delete", path=first, error=PermissionError(13, "not yours"))
+    run = DirectoryRun(RetryingStorage(FaultyStorage(storage.inner, [denied])), path, path)
+    found = orphans.find(run, changed=long_ago)
+
+    # A name that no save gives is of something else, whoever says that it is an orphan.
+    deleted, kept = orphans.delete(run, [*found, replace(found[0], name="logs")], changed=long_ago)
+
+    assert [orphan.name for orphan in deleted] == [second]
+    assert kept.keys() == {first, "logs"}
+    assert "not yours" in kept[first]
+    assert names(tmp_path) == sorted([first, newest, "logs"])
+
+
+def test_a_storage_that_fails_costs_no_more_than_a_warning(tmp_path, caplog):
+    storage, path = resolve(str(tmp_path))
+    down = Fail("directories", error=OSError(5, "the disk is gone"))
+    orphans.collect(DirectoryRun(FaultyStorage(storage.inner, [down]), path, path))
+    assert "were not deleted: [Errno 5] the disk is gone" in caplog.text
 
 
 def test_nothing_is_deleted_when_rays_list_cannot_be_read(tmp_path):

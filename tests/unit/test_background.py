@@ -317,6 +317,26 @@ def test_a_save_that_is_due_when_the_block_ends_is_made_also_without_one_at_the_
     assert steps_saved(tmp_path) == ([4, 5] if asked else [2, 4])
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_save_that_was_postponed_is_made_once(tmp_path, asked):
+    storage, path = resolve(str(tmp_path))
+    slow = FaultyStorage(storage.inner, [Hang("open_sink")])
+    saver = Checkpointer(
+        {"part": Cloning()}, every_n_steps=2, at_end=False, background=True, run=DirectoryRun(slow, path, path)
+    )
+    with saver:
+        for _ in range(4):
+            saver.step()
+        slow.release()
+        saver.save() if asked else saver.wait()
+        for _ in range(3):
+            saver.step()
+            saver.wait()
+
+    # That of step 4 was due while that of step 2 was in flight.
+    assert steps_saved(tmp_path) == ([2, 4, 6] if asked else [2, 5, 6])
+
+
 def test_a_requested_save_that_fails_in_the_background_as_the_block_ends_is_made_again(tmp_path):
     storage, path = resolve(str(tmp_path))
     faults = [Hang("open_sink"), Fail("write", path=layout.MANIFEST)]

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ray_stateful import Checkpointer, checkpointer, save, save_requests
+from ray_stateful import Checkpointer, GlobalBatchSampler, Progress, checkpointer, save, save_requests
 from ray_stateful.errors import UnsupportedState
 from ray_stateful.runs import DirectoryRun
 from ray_stateful.storage.uris import resolve
 from ray_stateful.testing import Delay, Fail, FaultyStorage
-from tests.part import Part
+from tests.part import Part, opened
 
 # Where a signal's handler may find the training thread: in the loop's own lines, and in those of a lock.
 _PLACES = {checkpointer.__file__, threading.__file__}
@@ -129,6 +129,14 @@ def test_a_request_whose_save_failed_and_was_forgiven_is_made_again_at_the_next_
     saver.request_save()
 
     assert [saver.step() is not None for _ in range(4)] == [False, True, False, False]
+
+
+def test_a_checkpoint_has_the_samples_of_the_part_that_has_counted_most(tmp_path):
+    batches = GlobalBatchSampler(100, global_batch_size=8, micro_batch_size=8)
+    # Nobody has told the progress of any samples.
+    saver = Checkpointer({"batches": batches, "progress": Progress()}, every_n_steps=1, run=str(tmp_path))
+
+    assert opened(saver.step()).manifest.samples == 8
 
 
 def test_the_interval_of_seconds_begins_with_a_restore(tmp_path, monkeypatch):

@@ -432,9 +432,9 @@ def test_the_snapshot_is_read_in_the_order_of_reports_and_does_not_lead_elsewher
     snapshot = {
         "checkpoint_results": [{"checkpoint_dir_name": name} for name in names],
         "checkpoint_report_indices": [1, 9, 8, 7, 6, 5, 4],
-        "latest_checkpoint_result": {"checkpoint_dir_name": "newest"},
-        "pending_training_results": [],
+        "latest_checkpoint_result": {"checkpoint_dir_name": "latest"},
+        "pending_training_results": [{"checkpoint_dir_name": "pending"}, {"checkpoint_dir_name": "newest"}],
     }
     (tmp_path / ray_train.SNAPSHOT).write_text(json.dumps(snapshot))
 
-    assert _run_of(tmp_path)._snapshot_names() == ["newest", "second", "nested/inside", "best"]
+    assert _run_of(tmp_path)._snapshot_names() == ["newest", "second", "nested/inside", "best", "latest", "pending"]

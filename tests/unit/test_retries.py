@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import pickle
 import random
@@ -17,7 +18,7 @@ import torch
 from ray_stateful import Progress, checkpoint
 from ray_stateful.errors import RankFailed, SaveFailed, StorageError
 from ray_stateful.runs import DirectoryRun
-from ray_stateful.storage import deadlines
+from ray_stateful.storage import deadlines, retries
 from ray_stateful.storage.base import Sink
 from ray_stateful.storage.pyarrow import PyarrowStorage
 from ray_stateful.storage.retries import RetryingStorage, RetryPolicy, is_transient, write_file
@@ -164,6 +165,28 @@ def test_an_outage_is_an_error_when_the_budget_is_spent(inner):
     assert faulty.counts()["read"] > 3
 
 
+def test_there_is_a_pause_before_each_try_and_no_try_begins_after_the_budget(inner, monkeypatch):
+    slept, ticks = [], itertools.count()
+
+    class Clock:
+        @staticmethod
+        def monotonic():
+            return sum(slept) + next(ticks) / 100
+
+        @staticmethod
+        def sleep(seconds):
+            slept.append(seconds)
+
+    monkeypatch.setattr(retries, "time", Clock)
+    monkeypatch.setattr(retries, "_draw", lambda: 1.0)
+    faulty = FaultyStorage(inner, [Fail("read", num_times=None, error=RESET)])
+    with pytest.raises(StorageError, match="still failing after 10 s"):
+        RetryingStorage(faulty, RetryPolicy(budget_s=10.0, first_pause_s=1.0, longest_pause_s=4.0)).read("d/file")
+
+    assert slept == [1.0, 2.0, 4.0]
+    assert faulty.counts()["read"] == 4
+
+
 def test_a_hung_call_is_given_up_at_its_deadline_and_tried_again(inner):
     inner.write("d/file", b"content")
     faulty = FaultyStorage(inner, [Hang("read", num_times=2), Hang("sizes", num_times=None)])
@@ -200,6 +223,15 @@ def test_a_call_that_was_given_up_leaves_no_thread_once_it_returns(inner, monkey
             break
         pause.wait(0.05)
     assert alive <= 1
+
+
+def test_files_that_are_written_one_after_another_take_one_thread(inner, monkeypatch):
+    monkeypatch.setattr(deadlines, "_idle", [])
+    before = set(threading.enumerate())
+    for number in range(3):
+        write_file(RetryingStorage(inner), f"d/{number}", stream_parts)
+
+    assert len(set(threading.enumerate()) - before) == 1
 
 
 def test_a_file_that_is_opened_too_late_is_closed_and_nothing_is_left_of_it(tmp_path, inner, monkeypatch):
@@ -263,6 +295,21 @@ def test_a_stream_that_hangs_in_a_write_or_when_it_is_closed_is_streamed_again(i
         faulty.release()
 
     assert inner.read("d/file") == WHOLE
+
+
+def test_the_end_of_a_file_may_take_longer_than_another_call(inner, monkeypatch):
+    given = []
+
+    class Line(deadlines.Line):
+        def call(self, function, timeout_s, *rest):
+            given.append(timeout_s)
+            return super().call(function, timeout_s, *rest)
+
+    monkeypatch.setattr(deadlines, "Line", Line)
+    write_file(RetryingStorage(inner, RetryPolicy(attempt_s=30.0, publish_s=40.0)), "d/file", stream_parts)
+
+    # It is opened, written to five times, and closed.
+    assert given == [30.0] * 6 + [40.0]
 
 
 def test_a_file_on_a_full_disk_is_streamed_once(inner):

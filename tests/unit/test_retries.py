@@ -286,7 +286,7 @@ def test_a_file_that_breaks_off_is_streamed_again_from_its_start(inner, call, nt
 
 
 @pytest.mark.parametrize(("call", "nth"), [("sink.write", 2), ("publish", 1)])
-def test_a_stream_that_hangs_in_a_write_or_when_it_is_closed_is_streamed_again(inner, call, nth):
+def test_a_stream_that_hangs_in_a_write_or_when_it_is_closed_is_streamed_again(tmp_path, inner, call, nth):
     faulty = FaultyStorage(inner, [Hang(call, nth=nth)])
     storage = RetryingStorage(faulty, RetryPolicy(attempt_s=0.2, publish_s=0.2, first_pause_s=0.01))
     try:
@@ -295,6 +295,13 @@ def test_a_stream_that_hangs_in_a_write_or_when_it_is_closed_is_streamed_again(i
         faulty.release()
 
     assert inner.read("d/file") == WHOLE
+    # The one that hung ends as well, and what it has written goes.
+    pause = threading.Event()
+    for _ in range(1000):
+        if os.listdir(tmp_path / "d") == ["file"]:
+            break
+        pause.wait(0.01)
+    assert os.listdir(tmp_path / "d") == ["file"]
 
 
 def test_the_end_of_a_file_may_take_longer_than_another_call(inner, monkeypatch):

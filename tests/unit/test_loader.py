@@ -84,6 +84,18 @@ def test_after_a_resize_the_next_batch_draws_nothing_from_the_runs_random_stream
     assert torch.equal(torch.get_rng_state(), stream)
 
 
+def test_neither_a_save_before_the_first_batch_nor_the_first_one_after_a_restore_draws_from_the_runs_random_stream():
+    saved, fresh = through_storage(LoaderState(after(2)[0]).state_dict()), loader()
+    stream = torch.get_rng_state()
+    LoaderState(loader()).state_dict()
+    assert torch.equal(torch.get_rng_state(), stream)
+
+    LoaderState(fresh).load_state_dict(saved)
+    stream = torch.get_rng_state()
+    next(iter(fresh))
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
 def test_a_loader_without_a_position_is_refused_when_it_is_wrapped():
     with pytest.raises(ValueError, match="a list has no state_dict"):
         LoaderState([1, 2, 3])

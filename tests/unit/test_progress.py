@@ -37,6 +37,8 @@ def test_a_count_that_goes_backwards_is_refused_and_counts_nothing(backwards):
     with pytest.raises(ValueError, match="backwards"):
         progress.count(**{"samples": 5, "tokens": 5} | backwards)
 
+    with pytest.raises(ValueError, match=r"tokens=1\.5 is no whole number"):
+        progress.count(samples=5, tokens=1.5)
     assert (progress.samples, progress.tokens, progress.epoch) == (10, 0, 3)
 
 

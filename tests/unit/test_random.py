@@ -129,6 +129,11 @@ def test_the_seed_of_derived_streams_is_the_checkpoints():
     assert drawn == resized(0, seed=17)[0]
     assert state.state_dict()["seed"] == 17
 
+    # Also where nothing is derived now: the next resume may be on another number of workers.
+    exact = RandomState(seed=5)
+    exact.load_state_dict(RandomState(seed=17).state_dict())
+    assert exact.state_dict()["seed"] == 17
+
 
 def test_without_a_seed_streams_are_derived_from_what_rank_0_was_seeded_with():
     torch.manual_seed(31)

@@ -34,6 +34,7 @@ CHANGES = {
     "a version of another Python": ("random", ["streams", "python", "version"], 7),
     "a position beyond NumPy's words": ("random", ["streams", "numpy", "state", "pos"], 625),
     "a position before NumPy's words": ("random", ["streams", "numpy", "state", "pos"], -1),
+    "fewer bytes than torch's stream has": ("random", ["streams", "torch"], torch.zeros(3, dtype=torch.uint8)),
     "streams that are a list": ("random", ["streams"], []),
     "no streams": ("random", ["streams"], {}),
     "a stream whose name is a number": ("random", ["streams", 1], {}),
@@ -139,3 +140,6 @@ def test_numpys_stream_is_not_put_where_it_would_read_beyond_its_words():
     part = RandomState()
     with pytest.raises(StateMismatch, match="position 625 of 624"):
         part.load_state_dict(changed(part.state_dict(), ["streams", "numpy", "state", "pos"], 625))
+    part = RandomState({"mine": np.random.Generator(np.random.Philox(1))})
+    with pytest.raises(StateMismatch, match="position 5 of 4"):
+        part.load_state_dict(changed(part.state_dict(), ["streams", "generator mine", "buffer_pos"], 5))

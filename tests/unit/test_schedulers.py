@@ -15,6 +15,7 @@ from ray_stateful.errors import StateMismatch
 from ray_stateful.stateful_wrappers import ModelState, OptimizerState
 from ray_stateful.storage.reader import CheckpointReader
 from ray_stateful.storage.writer import CheckpointWriter
+from ray_stateful.wrappers import schedulers
 from tests.ranks.wrapper_models import assert_same, leaves
 
 RATES = {"body": 0.01, "neck": 0.02, "head": 0.1}
@@ -329,3 +330,19 @@ def test_what_torch_no_longer_keeps_in_a_scheduler_does_not_make_it_another_one(
     part.load_state_dict(state)
     assert scheduler.num_bad_epochs == 4
     assert any("default_min_lr is not in the checkpoint: kept as built" in note for note in part.notes)
+
+
+def test_a_scheduler_is_given_what_an_earlier_version_of_it_did_not_save_as_it_is_here():
+    given = []
+
+    class Newer:
+        def state_dict(self):
+            return {"step": 0, "added": (1, 2), "marks": (3,)}
+
+        def load_state_dict(self, state_dict):
+            given.append(state_dict)
+
+    # Formats without tuples have lists for them.
+    schedulers.load([Newer()], {"step": 7, "marks": [4]}, [None])
+
+    assert given == [{"step": 7, "added": (1, 2), "marks": (4,)}]

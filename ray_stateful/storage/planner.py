@@ -176,7 +176,7 @@ def _described(value: Any, words: dict[Any, str]) -> str:
         return f"{tuple(value.shape)} {value.dtype} {words[placements]} {words[id(mesh)]}"
     if isinstance(value, ShardedTensor):
         return repr(value.metadata())
-    return f"{tuple(value.shape)} {value.dtype} {value.layout} {value.is_quantized}"
+    return f"{tuple(value.shape)} {value.dtype}"
 
 
 def _is_empty_shard(item: WriteItem) -> bool:

@@ -25,6 +25,7 @@ from ray_stateful.decisions import Decision, Reason, decide
 from ray_stateful.errors import SaveFailed
 from ray_stateful.format.layout import parse_name
 from ray_stateful.plain_metrics import plain_metrics
+from ray_stateful.preemption import PreemptionWatch
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks, current_rank, world
 from ray_stateful.report import ResumeReport, SaveReport
 from ray_stateful.runs import Run
@@ -34,14 +35,8 @@ from ray_stateful.storage.writer import DEFAULT_NUM_FILES, check_num_files
 
 logger = logging.getLogger(__name__)
 
-# Used where asking Ray is a barrier, which takes tens of milliseconds. A worker that Ray tells looks at every step.
-_ASK_PREEMPTION_EVERY_N_STEPS = 10
-
 # Numbers the Checkpointers of this process, to name their background groups.
 _numbers = itertools.count()
-
-# Before a preemption a save is assumed to take this many times as long as the last one. If less is left, it is skipped.
-_PREEMPTION_MARGIN = 1.5
 
 
 class Checkpointer:
@@ -125,9 +120,7 @@ class Checkpointer:
         self._tried_at_s = time.monotonic()
         self._save_s: float | None = None
         self._num_failed = 0
-        self._preemption: ray_train.Preemption | None = None
-        self._preemption_done: ray_train.Preemption | None = None
-        self._foretold = False
+        self._preemptions = PreemptionWatch()
         self._has_restored = False
         self._metrics: Mapping[str, Any] | None = None
 
@@ -221,9 +214,7 @@ class Checkpointer:
         if self._background is None or decision.urgent:
             report = self._softly(lambda: self.save(metrics))
             if report is not None and decision.reasons & Reason.PREEMPTION:
-                # A rank that has not heard of the preemption yet must not ask for another save when it does.
-                self._foretold = self._preemption in (None, self._preemption_done)
-                self._preemption_done = self._preemption
+                self._preemptions.saved()
         elif self._background.busy:
             self._postponed = True
         else:
@@ -268,6 +259,10 @@ class Checkpointer:
         """
         self._request = object()
 
+    @property
+    def _is_in_flight(self) -> bool:
+        return self._background is not None and self._background.busy
+
     def _check_world(self) -> None:
         # Made before the group, it would stay a world of one for good: each rank would commit a checkpoint of its own.
         if world() is not self._world:
@@ -285,14 +280,13 @@ class Checkpointer:
             reasons |= Reason.STEPS
         if self._every_s is not None and time.monotonic() - self._tried_at_s >= self._every_s:
             reasons |= Reason.SECONDS
-        if self._is_preempted():
+        if self._preemptions.is_due(step=self.step_count, last_save_s=self._save_s, num_saves=1 + self._is_in_flight):
             reasons |= Reason.PREEMPTION
         return reasons
 
     def _request_wish(self) -> Reason:
         """`REQUEST` if the newest request still needs a save: none that is done or in flight was begun after it."""
-        in_flight = self._background is not None and self._background.busy
-        if self._request is self._served or (in_flight and self._request is self._taken):
+        if self._request is self._served or (self._is_in_flight and self._request is self._taken):
             return Reason(0)
         return Reason.REQUEST
 
@@ -367,30 +361,6 @@ class Checkpointer:
                 extra={"ray_stateful": {"event": "save_failed", "step": self.step_count, "why": str(error)}},
             )
             return None
-
-    def _is_preempted(self) -> bool:
-        """Whether a node will be taken away, and there is time to save before that; true until such a save is made."""
-        found = ray_train.preemption(may_wait=self.step_count % _ASK_PREEMPTION_EVERY_N_STEPS == 0)
-        if self._foretold and found not in (None, self._preemption_done):
-            self._foretold, self._preemption_done = False, found
-        if found is None or found == self._preemption_done:
-            return False
-        self._preemption = found
-        left_s = found.seconds_left()
-        # A save in flight has to end first, and may have only just begun.
-        in_flight = self._background is not None and self._background.busy
-        needed_s = _PREEMPTION_MARGIN * (self._save_s or 0.0) * (2 if in_flight else 1)
-        if left_s is not None and left_s < needed_s:
-            logger.warning(
-                "ranks %s will be preempted in %.1f s; a save needs %.1f s, so none is begun",
-                found.ranks,
-                left_s,
-                needed_s,
-            )
-            # There will not be more time later.
-            self._preemption_done = found
-            return False
-        return True
 
     def _samples(self) -> int:
         counts = [int(part.samples) for part in self.state.values() if hasattr(part, "samples")]

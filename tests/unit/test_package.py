@@ -20,7 +20,7 @@ LAYERS = [
     {"cli", "testing"},
     {"diff", "export", "export_torch", "importing", "listing", "restore_cost", "slabs", "verify"},
     {"checkpointer"},
-    {"background", "decisions", "orphans"},
+    {"background", "decisions", "orphans", "preemption"},
     {"checkpoint"},
     {"initial"},
     {"restoring"},

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 import ray_stateful
 from ray_stateful import Checkpointer, Progress, checkpoint, ray_train
 from ray_stateful.format.layout import parse_name
+from ray_stateful.preemption import PreemptionWatch
 from ray_stateful.storage.writer import distribute
 from ray_stateful.testing import processes
 
@@ -148,7 +149,7 @@ def test_a_preemption_leads_to_one_save_and_to_none_that_could_not_be_finished(
     saver = Checkpointer({"progress": Progress()}, at_end=False, run=str(tmp_path))
     saver.step_count = 1
     saver.save()
-    saver._preemption_done, saver._save_s = None, last_save_s
+    saver._preemptions, saver._save_s = PreemptionWatch(), last_save_s
     for _ in range(29):
         saver.step()
     assert steps_saved(tmp_path) == expected

@@ -398,8 +398,8 @@ def path_that_is_joined_again_and_again(workshop):
 
 @attack(foreign=True)
 def metadata_of_marks(workshop):
-    """Twelve million marks, each of which begins a list of what comes after it."""
-    metadata_is(workshop, assemble(pickle.MARK * 12_000_000))
+    """Nine million marks, each of which begins a list of what comes after it."""
+    metadata_is(workshop, assemble(pickle.MARK * 9_000_000))
 
 
 @attack(foreign=True)

@@ -100,8 +100,8 @@ def item_of_copies_by_an_old_name(workshop):
 
 @attack(foreign=True)
 def item_of_nothing_by_the_million(workshop):
-    """Six million times None, a byte each, before a call that is refused: notes about each would fill a gigabyte."""
-    nothing = pickle.EMPTY_LIST + pickle.MARK + pickle.NONE * 6_000_000 + pickle.APPENDS
+    """Five million times None, a byte each, before a call that is refused: notes about each would fill a gigabyte."""
+    nothing = pickle.EMPTY_LIST + pickle.MARK + pickle.NONE * 5_000_000 + pickle.APPENDS
     item_with(workshop, name_of("os", "getcwd") + nothing + pickle.REDUCE)
 
 

@@ -7,6 +7,7 @@ fifth worker has no stream to go on with, and a copy of another worker's would g
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any, Protocol
@@ -121,9 +122,15 @@ class RandomState(RankPart):
                 stream is malformed.
         """
         problems = self.check_saved(state_dict)
+        streams = {} if problems else self._streams(state_dict)
+        # Not in `check_saved`, which is asked before tensors are read.
+        problems += tuple(
+            f"stream {name} has more words left than there are: it is not one of ours"
+            for name, stream in streams.items()
+            if isinstance(stream, _Torch) and not stream.has_words(state_dict["streams"].get(name, stream.get()))
+        )
         if problems:
             raise StateMismatch("of the random streams", problems)
-        streams = self._streams(state_dict)
         for name, state in state_dict["streams"].items():
             if name in streams:
                 streams[name].set(state)
@@ -195,6 +202,10 @@ def _has_streams(saved: Mapping[str, Any]) -> bool:
 _NOT_OURS = "no seed and streams are in the checkpoint: it is not one of ours"
 
 
+# How the state of a generator on the CPU begins: its seed, the words left, whether it was seeded, and its position.
+_TORCH_HEAD = struct.Struct("<QiiQ")
+
+
 class _Python:
     def __init__(self, generator: random.Random) -> None:
         self._generator = generator
@@ -256,6 +267,14 @@ class _Torch:
 
     def set(self, state: Any) -> None:
         self._generator.set_state(state.cpu())
+
+    def has_words(self, state: torch.Tensor) -> bool:
+        """Whether as many words follow the position as are said to be left. torch reads past them if they do not."""
+        if self._generator.device.type != "cpu":
+            return True
+        _, left, _, position = _TORCH_HEAD.unpack(bytes(state[: _TORCH_HEAD.size].tolist()))
+        # With one word left, the next draw makes new ones first.
+        return bool(left == 1 or left + position <= 625)
 
     def try_out(self, state: Any) -> None:
         # Only dtype and size can be checked: the bytes of `state` are not read yet.

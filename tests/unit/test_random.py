@@ -86,6 +86,25 @@ def test_the_first_save_of_a_process_that_is_no_worker_of_ray_draws_from_no_stre
     subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], check=True, timeout=120)
 
 
+@pytest.mark.parametrize("name", ["torch", "generator mine"])
+def test_a_torch_stream_that_would_be_read_past_its_words_is_refused_and_no_other_is(name):
+    part = RandomState({"mine": torch.Generator()})
+    for _ in range(1300):
+        torch.rand(1)
+        part.load_state_dict(part.state_dict())
+    saved = part.state_dict()
+    for left, position, fine in [(1, 0, True), (625 - 7, 7, True), (624, 624, False), (600, 26, False)]:
+        head = torch.tensor([left, 1, position, 0], dtype=torch.int32).view(torch.uint8)
+        saved["streams"][name][8:24] = head
+        if fine:
+            part.load_state_dict(saved)
+        else:
+            before = part.state_dict()
+            with pytest.raises(StateMismatch, match="more words left"):
+                part.load_state_dict(saved)
+            assert torch.equal(before["streams"][name], part.state_dict()["streams"][name])
+
+
 def test_what_was_saved_does_not_change_with_later_draws():
     ours = named()
     state = RandomState(ours).state_dict()

@@ -11,7 +11,7 @@ _SECRETS = (
 )
 # The secret before a host. "container@account", without a colon, is where an Azure blob is, and a number after a colon
 # is a port. A secret may have a slash in it: such a URI can't be read, but the error has it.
-_BEFORE_HOST = re.compile(r"(?<=[A-Za-z0-9]://)[^/?#:@\s]*:(?![0-9]+[/?#\s])(?:[^/?#\s]*@|[^?#\s]*@)")
+_BEFORE_HOST = re.compile(r"(?<=[A-Za-z0-9+.-]://)[^/?#:@\s]*:(?![0-9]+[/?#\s])(?:[^/?#\s]*@|[^?#\s]*@)")
 # Where such a secret can be. Looked for first: in an error about a stranger's file there may be a hundred thousand
 # colons, and from each of them it would be searched to the end for an "@".
 _UP_TO_AT = re.compile(r"(?<![^?#\s])[^?#\s]*@")

@@ -40,11 +40,12 @@ demo: $(INSTALLED)  ## Train, lose a worker, go on with 3, stop, resume on 1; dr
 demo-elastic: $(INSTALLED)  ## Machines come and go while a model trains; no step is lost; draws elastic.png
 	$(BIN)/python examples/elastic.py
 
-soak: $(INSTALLED)  ## The long forms of the fault tests: kill points, storage faults, damage, many ranks (some 30 minutes)
+soak: $(INSTALLED)  ## The long forms of the fault tests: kill points, storage faults, damage, many ranks, random states (some 40 minutes)
 	$(BIN)/python -m tests.soak.kill_points
 	$(BIN)/python -m tests.soak.storage_faults
 	$(BIN)/python -m tests.soak.damage
 	$(BIN)/python -m tests.soak.many_ranks
+	$(BIN)/python -m tests.soak.worlds
 
 bench: $(INSTALLED) build/peers  ## Ours against the peers; writes benchmarks/results (PARTS="restore save" for some of it)
 	$(BIN)/python -m benchmarks $(PARTS)

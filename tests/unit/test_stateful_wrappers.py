@@ -112,13 +112,23 @@ def test_the_head_is_found_under_compile_and_activation_checkpointing():
 
 def test_no_head_is_none_twice_and_an_adapter_on_the_head_is_not_the_head():
     assert head_and_name(nn.Linear(2, 2)) == (None, None)
-    model = Nested(nn.ModuleDict({"lora_A": nn.Linear(2, 2)}), "lm_head")
+    layers = {"lora_A": nn.Linear(2, 2), "base_layer": nn.Linear(2, 2, bias=False)}
+    model = Nested(nn.ModuleDict({"lora_A": layers["lora_A"]}), "lm_head")
     assert head_and_name(model) == (None, None)
+    assert head_and_name(Nested(nn.ModuleDict(layers), "lm_head")) == (
+        layers["base_layer"].weight,
+        "lm_head.base_layer.weight",
+    )
 
 
 def test_users_own_submodules_named_like_wrappers_keep_their_names():
     model = Nested(nn.Linear(2, 2), "module")
     assert set(ModelState(model).state_dict()) == {"module.weight", "module.bias"}
+    optimizer = OptimizerState(model, torch.optim.SGD(model.parameters())).state_dict()["optim"]
+    assert {key for key in optimizer if key.endswith(".lr")} == {
+        "param_groups.module.weight.lr",
+        "param_groups.module.bias.lr",
+    }
 
 
 @pytest.mark.parametrize("says_tied", [True, False])
@@ -142,6 +152,9 @@ def test_a_head_over_the_same_storage_is_tied_although_it_is_another_parameter()
     model = Tied(tied=False)
     model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.data)
     assert "lm_head.weight" not in ModelState(model).state_dict()
+    # Of which it may have only a part, and be another tensor.
+    model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.data[:5])
+    assert "lm_head.weight" in ModelState(model).state_dict()
 
 
 def test_a_tied_model_without_a_head_loads():
@@ -171,6 +184,7 @@ def test_a_head_in_the_checkpoint_does_not_overwrite_the_embedding_it_is_tied_to
     saved, fresh = Tied(tied=False, seed=1), Tied(seed=2)
     judged = transfer(snapshot(ModelState(saved)), ModelState(fresh))
     assert "lm_head.weight" in judged.notes[0]
+    assert ModelState(fresh).reconcile(frozenset(), frozenset({"_orig_mod.lm_head.weight"})).problems == ()
     assert torch.equal(fresh.lm_head.weight, saved.embed_tokens.weight)
     direct = Tied(seed=3)
     ModelState(direct).load_state_dict(ModelState(saved).state_dict())

@@ -107,6 +107,16 @@ def test_an_adapter_without_peft_gets_the_same_keys():
     assert_same(trained(fresh), trained(saved))
 
 
+def test_two_adapters_that_are_trained_together_keep_their_names():
+    model = nn.Module()
+    model.peft_config = {"one": None, "other": None}
+    model.lora_A = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in model.peft_config})
+
+    state = ModelState(model, is_peft=True).state_dict()
+
+    assert state.keys() == {f"base_model.model.lora_A.{name}.weight" for name in model.peft_config}
+
+
 def test_a_missing_adapter_tensor_is_refused_and_nothing_is_loaded():
     saved, fresh = build("lora", 1), build("lora", 2)
     nudge(saved)

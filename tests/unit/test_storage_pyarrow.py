@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import pickle
@@ -162,6 +163,31 @@ except OSError as error:
 
     assert done.stdout.strip() == "27"
     assert os.listdir(tmp_path / "d") == []
+
+
+def test_a_directory_in_which_others_delete_and_write_is_deleted_and_one_that_is_denied_tried_once(
+    local, tmp_path, monkeypatch
+):
+    errors = [OSError(errno.ENOTEMPTY, "not empty"), FileNotFoundError(errno.ENOENT, "gone")]
+    real, calls = shutil.rmtree, []
+
+    def rmtree(path):
+        calls.append(path)
+        if errors:
+            raise errors.pop()
+        real(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    local.write("checkpoint/file", b"x")
+    local.delete("checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+    assert len(calls) == 3
+
+    local.write("checkpoint/file", b"x")
+    errors.append(PermissionError(errno.EACCES, "denied"))
+    with pytest.raises(PermissionError):
+        local.delete("checkpoint")
+    assert len(calls) == 4
 
 
 def test_deleting_follows_no_link_out_of_the_directory(local, tmp_path):

@@ -651,3 +651,17 @@ def test_offloaded_state_loads_into_the_optimizers_own_tensors():
         OptimizerState(saved, optimizer, cpu_offload=True).state_dict()
     )
     assert_same(leaves(state_by_name(fresh, again)), leaves(state_by_name(saved, optimizer)))
+
+
+def test_a_momentum_that_is_zero_after_a_step_is_not_taken_for_none():
+    (saved, optimizer), (fresh, again) = (
+        (model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5))
+        for model in (nn.Linear(2, 2, bias=False) for _ in range(2))
+    )
+    saved.weight.grad = torch.zeros(2, 2)
+    optimizer.step()
+
+    OptimizerState(fresh, again).load_state_dict(OptimizerState(saved, optimizer).state_dict())
+
+    # Without it the next gradient would come in whole, and not by half.
+    assert torch.equal(again.state[fresh.weight]["momentum_buffer"], torch.zeros(2, 2))

@@ -117,7 +117,7 @@ def hang_in(rank):
 
 def test_a_hung_rank_becomes_a_stack_trace():
     with pytest.raises(RanksHung, match="hang_in"):
-        run_ranks(2, hang_in, 1, timeout_s=15)
+        run_ranks(2, hang_in, 1, timeout_s=10)
 
 
 def all_collectives():

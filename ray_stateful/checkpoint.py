@@ -189,8 +189,9 @@ class Saving:
             # Now: a metric may be a tensor to which training goes on adding.
             self._metrics = plain_metrics(self._metrics)
         # Parts with one value per rank need the rank. It is the same in every group of all ranks.
-        collected = parts.collect(self._state, current_rank(), self._outcome, is_save=True)
+        collected = parts.collect(self._state, current_rank(), self._outcome)
         with self._outcome.catch():
+            parts.check_saving(self._state)
             self._planner.set_up_planner(collected)
             if staging is not None:
                 self._planner.stage(staging)

@@ -60,7 +60,7 @@ def check_name(name: Any) -> None:
         raise UnsupportedState(f"{name[:40]!a}...", found, f"use a name of {MAX_TEXT_LENGTH:,} at most")
 
 
-def collect(state: State, rank: int, outcome: Outcome, *, is_save: bool = False) -> dict[str, Any]:
+def collect(state: State, rank: int, outcome: Outcome) -> dict[str, Any]:
     """The state dict to save or to fill.
 
     All parts are asked, in the order of their names, even if one of them raises: some call collectives, so every rank
@@ -69,13 +69,17 @@ def collect(state: State, rank: int, outcome: Outcome, *, is_save: bool = False)
     collected: dict[str, Any] = {}
     for name in sorted(state):
         with outcome.catch():
-            if is_save:
-                _refuse_sharded(name, state[name])
             collected[name] = _of_part(state[name], rank)
-            check_saving = getattr(state[name], "check_saving", None) if is_save else None
-            if check_saving is not None:
-                check_saving()
     return collected
+
+
+def check_saving(state: State) -> None:
+    """Refuse what was collected and must not be saved, though it may be loaded into: `UnsupportedState`. Local."""
+    for name in sorted(state):
+        _refuse_sharded(name, state[name])
+        ask = getattr(state[name], "check_saving", None)
+        if ask is not None:
+            ask()
 
 
 def share_names(ranks: Ranks, phase: str, state: State, outcome: Outcome, numbers: Sequence[int]) -> list[list[int]]:

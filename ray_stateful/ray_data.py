@@ -39,7 +39,7 @@ from ray.data import DataIterator
 from ray_stateful.ranks import DEFAULT_TIMEOUT_S, Outcome, Ranks
 from ray_stateful.ray_shards import ResumableDataConfig, ResumableShard, ids_of
 from ray_stateful.states.counts import count_problems
-from ray_stateful.states.part import RankPart, World
+from ray_stateful.states.part import RankPart, World, problems_of_all
 from ray_stateful.states.row_sets import RowSet
 from ray_stateful.states.shares import split_evenly
 
@@ -217,7 +217,7 @@ class RayDataBatches(RankPart):
 
     def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
         """The same as `check_saved`, when a different number of workers saved it."""
-        return tuple(dict.fromkeys(problem for state in saved.values() for problem in self.check_saved(state)))
+        return problems_of_all(self.check_saved, saved)
 
     def changed_from(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
         """What will not be as it was saved, in a few words; changes nothing."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from ray_stateful.errors import ResizeRefused
-from ray_stateful.states.part import RankPart, World
+from ray_stateful.states.part import RankPart, World, problems_of_all
 
 
 class StatefulLoader(Protocol):
@@ -106,7 +106,7 @@ class LoaderState(RankPart):
 
     def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
         """The same on a different number of ranks, each problem once."""
-        return tuple(dict.fromkeys(problem for state in saved.values() for problem in self.check_saved(state)))
+        return problems_of_all(self.check_saved, saved)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._loader.load_state_dict(state_dict["loader"])

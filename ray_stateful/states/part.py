@@ -24,7 +24,7 @@ Any part may also have
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -99,3 +99,8 @@ class RankPart(ABC):
     @abstractmethod
     def resize(self, saved: Mapping[int, Mapping[str, Any]], world: World) -> str:
         """Derive this rank's value from those of all ranks that saved, load it, and return in a few words how."""
+
+
+def problems_of_all(check: Callable[[Any], tuple[str, ...]], saved: Mapping[int, Any]) -> tuple[str, ...]:
+    """What `check` says of the values of all ranks that saved, each problem once."""
+    return tuple(dict.fromkeys(problem for value in saved.values() for problem in check(value)))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_stateful.states.counts import MAX_COUNT, count_problems
-from ray_stateful.states.part import RankPart, World
+from ray_stateful.states.part import RankPart, World, problems_of_all
 
 
 class Progress(RankPart):
@@ -95,7 +95,7 @@ class Progress(RankPart):
 
     def check_resized(self, saved: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
         """The same on a different number of ranks, each problem once."""
-        return tuple(dict.fromkeys(problem for state in saved.values() for problem in self.check_saved(state)))
+        return problems_of_all(self.check_saved, saved)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.step, self.samples = int(state_dict["step"]), int(state_dict["samples"])
